@@ -1,0 +1,62 @@
+"""What is block-sparse attention, exactly? The fp32 oracle of every kernel, in plain torch.
+
+Walks the query blocks, gathers the listed key blocks, masks token by token. Slow on purpose.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from afbs_compile.kernels.geometry import Mask, token_visible
+from afbs_compile.kernels.lists import to_keep
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    policy: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    block_m: int,
+    block_n: int,
+) -> tuple[Tensor, Tensor]:
+    """Attention over block lists.
+
+    Args:
+        q: `[B, Hq, Lq, D]`.
+        k: `[B, Hkv, Lk, D]`.
+        v: `[B, Hkv, Lk, D]`.
+        counts: int32 `[B, Hq, NQ]`.
+        indices: int32 `[B, Hq, NQ, NK]`.
+        policy: float32 `[Hq, COLUMNS]`; windows and sinks of windowed heads are read.
+        mask: The site's mask.
+        scale: Multiplier on q·k.
+        block_m: Query block, tokens.
+        block_n: Key block, tokens.
+
+    Returns:
+        `o` in q's dtype, `[B, Hq, Lq, D]`, and `lse` fp32 `[B, Hq, Lq]`, natural log. A row that
+        sees nothing is 0 with lse −inf.
+    """
+    group = q.shape[1] // k.shape[1]
+    kf, vf = (t.float().repeat_interleave(group, 1) for t in (k, v))
+    kept = to_keep(counts, indices).repeat_interleave(block_n, -1)[..., : k.shape[2]]
+    j = torch.arange(k.shape[2], device=q.device)
+    outputs, lses = [], []
+    for n, start in enumerate(range(0, q.shape[2], block_m)):
+        rows = q[:, :, start : start + block_m].float()
+        i = torch.arange(start, start + rows.shape[2], device=q.device)
+        seen = token_visible(mask, policy, i, j) & kept[:, :, n, None]
+        scores = (rows @ kf.transpose(-1, -2) * scale).masked_fill(~seen, -math.inf)
+        lse = scores.logsumexp(-1)
+        p = torch.exp(scores - lse.clamp(min=-1e30)[..., None])
+        # a key that no row of the block sees must not leak its NaN through 0 * NaN
+        values = vf.masked_fill(~seen.any(2)[..., None], 0)
+        outputs.append(p.masked_fill(~seen, 0) @ values)
+        lses.append(lse)
+    return torch.cat(outputs, 2).to(q.dtype), torch.cat(lses, 2)

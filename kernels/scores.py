@@ -1,0 +1,165 @@
+"""How much attention mass does a block hold? Block scores from pooled queries and keys.
+
+Selectors `sub8` and `sub4` pool q and k in sub-blocks of 8 or 4 tokens, take a softmax over the
+key sub-blocks for every query sub-row, and aggregate a block's mass over its sub-rows by the root
+mean square: a block matters if *some* rows need it much, which a mean over 64 rows washes out.
+The sink is always kept, so it is left out of the softmax, where it would eat the mass of others.
+Selector `mean` is SpargeAttn's (arXiv 2502.18137): one mean a block, plus the self-similarity gate
+theta. Pooling is in fp32; scores are `[B, Hq, NQ, NK]` and sum to 1 over the visible key blocks.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from afbs_compile.kernels import policy_columns as col
+from afbs_compile.kernels.geometry import Blocks, Mask, site_visible
+
+SUB_BLOCK = {"sub8": 8, "sub4": 4}
+SELECTORS = (*SUB_BLOCK, "mean")
+CHUNK_ELEMENTS = 1 << 24  # sub-block scores held at once; bounds memory at long lengths
+
+
+def block_scores(
+    q: Tensor,
+    k: Tensor,
+    policy: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    selector: str,
+    block_m: int,
+    block_n: int,
+) -> tuple[Tensor, Tensor]:
+    """Scores of all key blocks for all query blocks.
+
+    Args:
+        q: `[B, Hq, Lq, D]`.
+        k: `[B, Hkv, Lk, D]`.
+        policy: float32 `[Hq, COLUMNS]`; `SINK` and `THETA` are read.
+        mask: The site's mask.
+        scale: Multiplier on q·k.
+        selector: One of `SELECTORS`.
+        block_m: Query block, tokens.
+        block_n: Key block, tokens.
+
+    Returns:
+        `scores` float32 `[B, Hq, NQ, NK]` and `gated` bool of the same shape: blocks that the
+        theta gate forces (all False for `sub8` and `sub4`).
+
+    Raises:
+        ValueError: For an unknown selector.
+    """
+    if selector == "mean":
+        return mean_scores(q, k, policy, mask=mask, scale=scale, block_m=block_m, block_n=block_n)
+    if selector not in SUB_BLOCK:
+        raise ValueError(f"unknown selector {selector!r}: use one of {', '.join(SELECTORS)}")
+    size = SUB_BLOCK[selector]
+    rows = max(1, CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * block_m * k.shape[2] // size**2))
+    kp = pool(k, size)
+    starts = range(0, q.shape[2], rows * block_m)
+    parts = [
+        sub_scores(q[:, :, s : s + rows * block_m], s, kp, k.shape[2], policy,
+                   mask=mask, scale=scale, size=size, block_m=block_m, block_n=block_n)
+        for s in starts
+    ]  # fmt: skip
+    scores = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+    return scores, torch.zeros((), dtype=torch.bool, device=q.device).expand(scores.shape)
+
+
+def sub_scores(
+    q: Tensor,
+    start: int,
+    kp: Tensor,
+    length_k: int,
+    policy: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    size: int,
+    block_m: int,
+    block_n: int,
+) -> Tensor:
+    """Scores `[B, Hq, NQ', NK]` of the query rows `q`, whose first row is number `start`."""
+    batch, heads, length_q, dim = q.shape
+    qs, ks = Blocks.of(length_q, size, q.device), Blocks.of(length_k, size, q.device)
+    shifted = Mask(mask.causal, mask.offset + start, mask.window)
+    tokens = (ks.last - ks.first + 1).float()
+    qp = pool(q, size).view(batch, kp.shape[1], -1, len(qs), dim)
+    x = qp @ kp.transpose(-1, -2)[:, :, None] * scale + torch.log(tokens / size)
+    sink = sink_tokens(policy, block_n).view(kp.shape[1], -1, 1, 1)
+    seen = site_visible(shifted, qs, ks) & (ks.first >= sink)
+    p = masked_softmax(x, seen)
+    mass = fold(p, block_n // size)
+    square = fold((mass * mass).transpose(-1, -2), block_m // size).transpose(-1, -2)
+    return normalise(square.sqrt().reshape(batch, heads, square.shape[-2], square.shape[-1]))
+
+
+def mean_scores(
+    q: Tensor,
+    k: Tensor,
+    policy: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    block_m: int,
+    block_n: int,
+) -> tuple[Tensor, Tensor]:
+    """Selector `mean`: scores and gated blocks, both `[B, Hq, NQ, NK]`."""
+    batch, heads, length_q, dim = q.shape
+    qs, ks = Blocks.of(length_q, block_m, q.device), Blocks.of(k.shape[2], block_n, q.device)
+    theta = policy[:, col.THETA].view(k.shape[1], -1, 1)
+    gated_q = similarity(q, block_m).view(batch, k.shape[1], -1, len(qs)) < theta
+    gated_k = similarity(k, block_n)[:, :, None] < theta
+    qp = pool(q, block_m).view(batch, k.shape[1], -1, len(qs), dim)
+    x = qp @ pool(k, block_n).transpose(-1, -2)[:, :, None] * scale
+    sink = sink_tokens(policy, block_n).view(k.shape[1], -1, 1, 1)
+    seen = site_visible(mask, qs, ks) & (ks.first >= sink) & ~gated_k[..., None, :]
+    shape = (batch, heads, len(qs), len(ks))
+    gated = (gated_q[..., None] | gated_k[..., None, :]).expand(x.shape)
+    return normalise(masked_softmax(x, seen).reshape(shape)), gated.reshape(shape)
+
+
+def pool(x: Tensor, size: int) -> Tensor:
+    """Means over blocks of `size` tokens, fp32: `[B, H, L, D]` to `[B, H, ceil(L / size), D]`."""
+    length = x.shape[2]
+    whole = length // size * size
+    batch, heads, _, dim = x.shape
+    means = x[:, :, :whole].reshape(batch, heads, whole // size, size, dim).float().mean(3)
+    if whole == length:
+        return means
+    return torch.cat([means, x[:, :, whole:].float().mean(2, keepdim=True)], 2)
+
+
+def similarity(x: Tensor, size: int) -> Tensor:
+    """Mean pairwise cosine inside each block, `[B, H, N]`: |mean of unit vectors|²."""
+    unit = torch.nn.functional.normalize(x.float(), dim=-1)
+    return pool(unit, size).square().sum(-1)
+
+
+def sink_tokens(policy: Tensor, block_n: int) -> Tensor:
+    """Sink of each head rounded up to whole key blocks, in tokens, int64 `[H]`."""
+    blocks = torch.ceil(policy[:, col.SINK] / block_n)
+    return blocks.long() * block_n
+
+
+def masked_softmax(x: Tensor, seen: Tensor) -> Tensor:
+    """Softmax over the last axis of the seen entries; a row that sees nothing is all zero."""
+    x = x.masked_fill(~seen, -math.inf)
+    top = x.amax(-1, keepdim=True).clamp(min=-1e30)
+    e = torch.exp(x - top)
+    return e / e.sum(-1, keepdim=True).clamp(min=1e-30)
+
+
+def fold(x: Tensor, group: int) -> Tensor:
+    """Sums over groups of `group` along the last axis; the last group may be short."""
+    short = -x.shape[-1] % group
+    if short:
+        x = torch.nn.functional.pad(x, (0, short))
+    return x.unflatten(-1, (-1, group)).sum(-1)
+
+
+def normalise(scores: Tensor) -> Tensor:
+    """Scale so that the last axis sums to 1; an all-zero row stays zero."""
+    return scores / scores.sum(-1, keepdim=True).clamp(min=1e-30)

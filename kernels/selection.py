@@ -1,0 +1,79 @@
+"""Which key blocks does each query block keep? The selection rule in plain torch.
+
+The oracle of the Triton selection kernel, and what runs on a CPU. A sparse head keeps the smallest
+set of top-scored blocks whose scores reach tau (SpargeAttn keeps one block fewer), plus what is
+forced: the sink, the diagonal and the `neighbours` blocks before it. Mean pooling is blind to the
+sink's mass and misses the block before the diagonal, which the first rows of a block need.
+"""
+
+import torch
+from torch import Tensor
+
+from afbs_compile.kernels import policy_columns as col
+from afbs_compile.kernels.geometry import Blocks, Mask, head_visible
+from afbs_compile.kernels.lists import from_keep
+from afbs_compile.kernels.scores import block_scores, sink_tokens
+
+
+def select(
+    q: Tensor,
+    k: Tensor,
+    policy: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    selector: str,
+    block_m: int,
+    block_n: int,
+) -> tuple[Tensor, Tensor]:
+    """Block lists of one attention call.
+
+    Args:
+        q: `[B, Hq, Lq, D]`.
+        k: `[B, Hkv, Lk, D]`.
+        policy: float32 `[Hq, COLUMNS]` on the device of q.
+        mask: The site's mask.
+        scale: Multiplier on q·k.
+        selector: `sub8`, `sub4` or `mean`.
+        block_m: Query block, tokens.
+        block_n: Key block, tokens.
+
+    Returns:
+        `counts` int32 `[B, Hq, NQ]` and `indices` int32 `[B, Hq, NQ, NK]` (see `kernels.lists`).
+    """
+    scores, gated = block_scores(
+        q, k, policy, mask=mask, scale=scale, selector=selector, block_m=block_m, block_n=block_n
+    )
+    qb, kb = Blocks.of(q.shape[2], block_m, q.device), Blocks.of(k.shape[2], block_n, q.device)
+    visible = head_visible(mask, policy, qb, kb)
+    forced = forced_blocks(mask, policy, qb, kb, block_n) | gated
+    return from_keep(keep_blocks(scores, forced, visible, policy))
+
+
+def forced_blocks(mask: Mask, policy: Tensor, q: Blocks, k: Blocks, block_n: int) -> Tensor:
+    """Bool `[H, NQ, NK]`: sink, diagonal and neighbours (visibility is not applied here)."""
+    sink = k.first < sink_tokens(policy, block_n)[:, None, None]
+    if not mask.causal:
+        return sink.expand(-1, len(q), -1)
+    reach = policy[:, col.NEIGHBOURS].long()[:, None, None] * block_n
+    near = k.first + block_n > q.first[:, None] + mask.offset - reach
+    return sink | near
+
+
+def keep_blocks(scores: Tensor, forced: Tensor, visible: Tensor, policy: Tensor) -> Tensor:
+    """The rule: bool `[B, H, NQ, NK]` from scores, forced and visible blocks.
+
+    A query block whose scores are not finite keeps everything it sees: it stays dense.
+    """
+    mode = policy[:, col.MODE][:, None, None]
+    tau = policy[:, col.TAU][:, None, None]
+    order = scores.argsort(-1, descending=True, stable=True)
+    ranked = scores.gather(-1, order)
+    before = ranked.cumsum(-1) - ranked
+    top = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, before < tau)
+    keep = (top | forced) & visible
+    # a block row must not end empty while it sees something: its best block stands in
+    best = torch.zeros_like(keep).scatter(-1, order[..., :1], True) & visible
+    keep |= best & ~keep.any(-1, keepdim=True)
+    everything = (mode != col.SPARSE) | (tau >= 1) | ~scores.isfinite().all(-1, keepdim=True)
+    return torch.where(everything, visible, keep)
