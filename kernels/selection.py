@@ -67,7 +67,7 @@ def keep_blocks(scores: Tensor, forced: Tensor, visible: Tensor, policy: Tensor)
     """
     mode = policy[:, col.MODE][:, None, None]
     tau = policy[:, col.TAU][:, None, None]
-    order = scores.argsort(-1, descending=True, stable=True)
+    order = torch.argsort(scores, dim=-1, descending=True, stable=True)
     ranked = scores.gather(-1, order)
     before = ranked.cumsum(-1) - ranked
     top = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, before < tau)
