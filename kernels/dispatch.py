@@ -1,0 +1,108 @@
+"""Which kernel runs a call, and with which blocks?
+
+| device | selection | attention | blocks |
+|---|---|---|---|
+| CPU | plain torch | compiled FlexAttention | 64 × 64 |
+| CUDA with Triton | Triton | Triton | 128 × 64 |
+Calls shorter than `min_length` go to SDPA: there is nothing to win. The choice depends on sizes
+and device only, which the host knows: no synchronisation.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from afbs_compile.kernels import flex, selection
+from afbs_compile.kernels.geometry import Mask, token_visible
+from afbs_compile.kernels.policy_columns import COLUMNS
+
+HEAD_DIMS = range(32, 257)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def block_sizes(device_type: str) -> tuple[int, int]:
+    """`(block_m, block_n)` in tokens that the kernels of a device use."""
+    return (128, 64) if device_type == "cuda" else (64, 64)
+
+
+def unsupported(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why no kernel can run such a call, or None if one can."""
+    if device_type not in ("cpu", "cuda"):
+        return f"no kernel for device type {device_type!r}"
+    if dtype not in DTYPES:
+        return f"no kernel for dtype {dtype}"
+    if head_dim not in HEAD_DIMS:
+        return f"head dim {head_dim} is outside {HEAD_DIMS.start}..{HEAD_DIMS.stop - 1}"
+    return None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    selector: str,
+    min_length: int = 0,
+) -> Tensor:
+    """Select blocks, then attend over them.
+
+    Args:
+        q: `[B, Hq, Lq, D]`.
+        k: `[B, Hkv, Lk, D]`, Hq a multiple of Hkv.
+        v: `[B, Hkv, Lk, D]`.
+        policy: float32 `[Hq, COLUMNS]` on the device of q.
+        mask: The site's mask.
+        scale: Multiplier on q·k.
+        selector: `sub8`, `sub4` or `mean`.
+        min_length: Below this many queries the call is dense.
+
+    Returns:
+        `o` `[B, Hq, Lq, D]` in q's dtype.
+    """
+    if q.shape[2] < min_length:
+        return dense(q, k, v, mask=mask, scale=scale)
+    block_m, block_n = block_sizes(q.device.type)
+    if q.device.type == "cuda":
+        from afbs_compile.kernels import triton_forward, triton_selection
+
+        counts, indices = triton_selection.select(
+            q, k, policy, mask=mask, scale=scale, selector=selector,
+            block_m=block_m, block_n=block_n,
+        )  # fmt: skip
+        return triton_forward.forward(
+            q, k, v, counts, indices, policy, mask=mask, scale=scale,
+            block_m=block_m, block_n=block_n,
+        )[0]  # fmt: skip
+    counts, indices = selection.select(
+        q, k, policy, mask=mask, scale=scale, selector=selector, block_m=block_m, block_n=block_n
+    )
+    return flex.forward(
+        q, k, v, counts, indices, policy, mask=mask, scale=scale, block_m=block_m, block_n=block_n
+    )
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float) -> Tensor:
+    """SDPA under the site's mask; what a sparse call is measured against."""
+    causal = mask.causal and mask.offset == 0 and not mask.window
+    attn_mask = None
+    if mask.causal and not causal:
+        i = torch.arange(q.shape[2], device=q.device)
+        j = torch.arange(k.shape[2], device=q.device)
+        attn_mask = token_visible(mask, q.new_zeros((1, COLUMNS), dtype=torch.float32), i, j)
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def flops(
+    q_shape: tuple[int, ...], k_shape: tuple[int, ...], *, causal: bool, density: float = 1.0
+) -> int:
+    """Multiply-adds ×2 of QKᵀ and PV over the visible pairs, times `density`."""
+    batch, heads, length_q, dim = q_shape
+    pairs = length_q * k_shape[2]
+    share = 0.5 if causal and length_q == k_shape[2] else 1.0
+    return math.ceil(4 * batch * heads * dim * pairs * share * density)

@@ -1,0 +1,209 @@
+"""How does a GPU attend over block lists? The portable Triton forward, sm_80 and later.
+
+One program serves one query block of one head: it walks the listed key blocks with an online
+softmax in base 2 (Milakov & Gimelshein, arXiv 1805.02867; FlashAttention-2, arXiv 2307.08691).
+The oracle is `kernels.reference`.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from afbs_compile.kernels.geometry import Mask
+from afbs_compile.kernels.triton_common import (
+    COLUMNS,
+    LN2,
+    LOG2E,
+    LOWEST,
+    MODE,
+    SINK,
+    UNLIMITED,
+    WINDOW,
+    WINDOWED,
+    interpreted,
+    on_device,
+    rows_contiguous,
+    shared_memory_bytes,
+    site_window,
+)
+
+NO_WINDOW = tl.constexpr(UNLIMITED)
+
+
+@triton.jit
+def softmax_step(s, v, total, top, acc, scale_log2):
+    """Fold one tile of raw scores `s` and values `v` into the running sum, maximum, output."""
+    top_new = tl.maximum(top, tl.max(s, 1) * scale_log2)
+    p = tl.exp2(s * scale_log2 - top_new[:, None])
+    shrink = tl.exp2(top - top_new)
+    total = total * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return total, top_new, acc
+
+
+@triton.jit(
+    do_not_specialize=[
+        "heads", "group", "length_q", "length_k", "blocks_q", "blocks_k", "offset", "window",
+    ]
+)  # fmt: skip
+def forward_kernel(
+    Q, K, V, O, LSE, COUNTS, INDICES, POLICY, scale_log2,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl,
+    stride_vb, stride_vh, stride_vl, stride_ob, stride_oh, stride_ol,
+    heads, group, length_q, length_k, blocks_q, blocks_k, offset, window,
+    D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TILE_N: tl.constexpr, CAUSAL: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    block_m = blocks_q - 1 - pid % blocks_q  # the longest rows of a causal head start first
+    b = (pid // blocks_q // heads).to(tl.int64)
+    h = (pid // blocks_q % heads).to(tl.int64)
+    row = (b * heads + h) * blocks_q + block_m
+
+    # the keys that each row may see: low <= n <= high, and (near <= n or n < sink)
+    first = block_m * BLOCK_M
+    last = tl.minimum(first + BLOCK_M, length_q) - 1
+    windowed = tl.load(POLICY + h * COLUMNS + MODE) == WINDOWED
+    own_window = tl.load(POLICY + h * COLUMNS + WINDOW).to(tl.int32)
+    reach = tl.where(windowed, own_window, NO_WINDOW)
+    sink = tl.load(POLICY + h * COLUMNS + SINK).to(tl.int32)
+    i = first + tl.arange(0, BLOCK_M)
+    low = i + offset - window + 1
+    near = i + offset - reach + 1
+    high = i * 0 + length_k - 1
+    first_high = length_k - 1
+    last_high = length_k - 1
+    if CAUSAL:
+        high = tl.minimum(high, i + offset)
+        first_high = tl.minimum(first_high, first + offset)
+        last_high = tl.minimum(last_high, last + offset)
+
+    d = tl.arange(0, D_PADDED)
+    q_rows = Q + b * stride_qb + h * stride_qh + i.to(tl.int64)[:, None] * stride_ql
+    q_mask = (i < length_q)[:, None] & (d < D)[None, :]
+    q = tl.load(q_rows + d[None, :], mask=q_mask, other=0.0)
+    k_head = K + b * stride_kb + h // group * stride_kh
+    v_head = V + b * stride_vb + h // group * stride_vh
+    if WIDEN:
+        q = q.to(tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([BLOCK_M], LOWEST, tl.float32)
+    acc = tl.zeros([BLOCK_M, D_PADDED], tl.float32)
+
+    TILES: tl.constexpr = BLOCK_N // TILE_N
+    for t in range(0, tl.load(COUNTS + row) * TILES):
+        start = tl.load(INDICES + row * blocks_k + t // TILES) * BLOCK_N + t % TILES * TILE_N
+        n = start + tl.arange(0, TILE_N)
+        # a key that no row of the block sees is never read: its NaN could leak through 0 * NaN
+        inside = (n >= first + offset - reach + 1) | (n < sink)
+        wanted = (n >= first + offset - window + 1) & (n <= last_high) & inside
+        kv_mask = wanted[:, None] & (d < D)[None, :]
+        n_rows = n.to(tl.int64)[:, None]
+        k = tl.load(k_head + n_rows * stride_kl + d[None, :], mask=kv_mask, other=0.0)
+        v = tl.load(v_head + n_rows * stride_vl + d[None, :], mask=kv_mask, other=0.0)
+        if WIDEN:
+            k = k.to(tl.float32)
+            v = v.to(tl.float32)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        full = (start + TILE_N - 1 <= first_high) & (start >= last + offset - window + 1)
+        full &= (start >= last + offset - reach + 1) | (start + TILE_N <= sink)
+        if not full:
+            seen = (n[None, :] >= near[:, None]) | (n < sink)[None, :]
+            seen &= (n[None, :] >= low[:, None]) & (n[None, :] <= high[:, None])
+            s = tl.where(seen, s, -float("inf"))
+        total, top, acc = softmax_step(s, v, total, top, acc, scale_log2)
+
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    lse = tl.where(empty, -float("inf"), (top + tl.log2(total)) * LN2)
+    tl.store(LSE + (b * heads + h) * length_q + i, lse, mask=i < length_q)
+    o_rows = O + b * stride_ob + h * stride_oh + i.to(tl.int64)[:, None] * stride_ol
+    tl.store(o_rows + d[None, :], acc.to(O.dtype.element_ty), mask=q_mask)
+
+
+def tiling(
+    head_dim: int, itemsize: int, block_m: int, block_n: int, shared_bytes: int
+) -> tuple[int, int, int]:
+    """Keys per tile, warps and pipeline stages.
+
+    Args:
+        head_dim: Head dimension, padded to a power of two.
+        itemsize: Bytes of one element of q, k and v.
+        block_m: Query block, tokens.
+        block_n: Key block, tokens; the tile divides it.
+        shared_bytes: Shared memory that one program may use.
+
+    Returns:
+        `(tile_n, num_warps, num_stages)`: the largest tile of which two stages fit.
+    """
+    warps = 8 if block_m * head_dim >= 128 * 64 and block_m >= 128 else 4
+    room = shared_bytes - block_m * head_dim * itemsize
+    tile_n = block_n
+    while tile_n > 16 and (2 * tile_bytes(tile_n, head_dim, itemsize) > room or tile_n > 128):
+        tile_n //= 2
+    stages = max(1, min(3, room // tile_bytes(tile_n, head_dim, itemsize)))
+    return tile_n, warps, stages
+
+
+def tile_bytes(tile_n: int, head_dim: int, itemsize: int) -> int:
+    """Shared memory of one pipeline stage: a tile of k and a tile of v."""
+    return 2 * tile_n * head_dim * itemsize
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    policy: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    block_m: int,
+    block_n: int,
+) -> tuple[Tensor, Tensor]:
+    """Attention over block lists; no host synchronisation, can be captured in a CUDA graph.
+
+    Args:
+        q: `[B, Hq, Lq, D]`, fp32, fp16 or bf16, any strides.
+        k: `[B, Hkv, Lk, D]`; Hkv divides Hq.
+        v: `[B, Hkv, Lk, D]`.
+        counts: int32 `[B, Hq, NQ]` (see `kernels.lists`).
+        indices: int32 `[B, Hq, NQ, NK]`.
+        policy: float32 `[Hq, COLUMNS]`; windows and sinks of windowed heads are read.
+        mask: The site's mask.
+        scale: Multiplier on q·k.
+        block_m: Query block, tokens; a power of two from 16 on.
+        block_n: Key block, tokens; a power of two from 16 on.
+
+    Returns:
+        `o` in q's dtype, `[B, Hq, Lq, D]` over `[B, Lq, Hq, D]` memory, and `lse` fp32
+        `[B, Hq, Lq]`, natural log. A row that sees nothing is 0 with lse −inf.
+    """
+    if scale <= 0:  # the online softmax takes maxima before it scales
+        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    counts, indices, policy = counts.contiguous(), indices.contiguous(), policy.contiguous()
+    batch, heads, length_q, head_dim = q.shape
+    padded = max(16, triton.next_power_of_2(head_dim))
+    tile_n, warps, stages = tiling(
+        padded, q.element_size(), block_m, block_n, shared_memory_bytes(q.device)
+    )
+    o = q.new_empty(batch, length_q, heads, head_dim).transpose(1, 2)
+    lse = q.new_empty(batch, heads, length_q, dtype=torch.float32)
+    blocks_q, blocks_k = indices.shape[-2:]
+    with on_device(q):
+        forward_kernel[(batch * heads * blocks_q,)](
+            q, k, v, o, lse, counts, indices, policy, scale * LOG2E,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
+            heads, heads // k.shape[1], length_q, k.shape[2], blocks_q, blocks_k,
+            mask.offset, site_window(mask),
+            D=head_dim, D_PADDED=padded, BLOCK_M=block_m, BLOCK_N=block_n, TILE_N=tile_n,
+            CAUSAL=mask.causal, WIDEN=interpreted() and q.dtype == torch.bfloat16,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return o, lse
