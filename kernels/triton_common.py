@@ -28,6 +28,8 @@ COLUMNS = tl.constexpr(col.COLUMNS)
 SPARSE = tl.constexpr(col.SPARSE)
 WINDOWED = tl.constexpr(col.WINDOWED)
 
+# arguments that change from call to call: a new length must not compile a new kernel
+LENGTHS = ["heads", "group", "length_q", "length_k", "blocks_q", "blocks_k", "offset", "window"]
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: exp2(-inf - LOWEST) is 0, not NaN
@@ -43,7 +45,8 @@ def first_block(key, length, BLOCK: tl.constexpr):
 @triton.jit
 def end_block(key, length, BLOCK: tl.constexpr):
     """One past the last block that holds a position <= `key`."""
-    return tl.where(key < 0, 0, tl.minimum(tl.maximum(key, 0) // BLOCK + 1, tl.cdiv(length, BLOCK)))
+    end = tl.minimum(tl.maximum(key, 0) // BLOCK + 1, tl.cdiv(length, BLOCK))
+    return tl.where(key < 0, 0, end)
 
 
 def interpreted() -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.kernels.triton_common import (
     COLUMNS,
+    LENGTHS,
     LN2,
     LOG2E,
     LOWEST,
@@ -44,19 +45,16 @@ def softmax_step(s, v, total, top, acc, scale_log2):
     return total, top_new, acc
 
 
-@triton.jit(
-    do_not_specialize=[
-        "heads", "group", "length_q", "length_k", "blocks_q", "blocks_k", "offset", "window",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=LENGTHS)
 def forward_kernel(
     Q, K, V, O, LSE, COUNTS, INDICES, POLICY, scale_log2,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl,
     stride_vb, stride_vh, stride_vl, stride_ob, stride_oh, stride_ol,
     heads, group, length_q, length_k, blocks_q, blocks_k, offset, window,
     D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TILE_N: tl.constexpr, CAUSAL: tl.constexpr, WIDEN: tl.constexpr,
+    TILE_N: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
+    """Output and lse of one query block of one head."""
     pid = tl.program_id(0)
     block_m = blocks_q - 1 - pid % blocks_q  # the longest rows of a causal head start first
     b = (pid // blocks_q // heads).to(tl.int64)
@@ -87,8 +85,6 @@ def forward_kernel(
     q = tl.load(q_rows + d[None, :], mask=q_mask, other=0.0)
     k_head = K + b * stride_kb + h // group * stride_kh
     v_head = V + b * stride_vb + h // group * stride_vh
-    if WIDEN:
-        q = q.to(tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], LOWEST, tl.float32)
     acc = tl.zeros([BLOCK_M, D_PADDED], tl.float32)
@@ -104,9 +100,6 @@ def forward_kernel(
         n_rows = n.to(tl.int64)[:, None]
         k = tl.load(k_head + n_rows * stride_kl + d[None, :], mask=kv_mask, other=0.0)
         v = tl.load(v_head + n_rows * stride_vl + d[None, :], mask=kv_mask, other=0.0)
-        if WIDEN:
-            k = k.to(tl.float32)
-            v = v.to(tl.float32)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         full = (start + TILE_N - 1 <= first_high) & (start >= last + offset - window + 1)
         full &= (start >= last + offset - reach + 1) | (start + TILE_N <= sink)
@@ -186,6 +179,9 @@ def forward(
     """
     if scale <= 0:  # the online softmax takes maxima before it scales
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+    dtype = q.dtype
+    if interpreted() and dtype == torch.bfloat16:  # the interpreter's bf16 tl.dot is wrong
+        q, k, v = q.float(), k.float(), v.float()
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     counts, indices, policy = counts.contiguous(), indices.contiguous(), policy.contiguous()
     batch, heads, length_q, head_dim = q.shape
@@ -203,7 +199,6 @@ def forward(
             heads, heads // k.shape[1], length_q, k.shape[2], blocks_q, blocks_k,
             mask.offset, site_window(mask),
             D=head_dim, D_PADDED=padded, BLOCK_M=block_m, BLOCK_N=block_n, TILE_N=tile_n,
-            CAUSAL=mask.causal, WIDEN=interpreted() and q.dtype == torch.bfloat16,
-            num_warps=warps, num_stages=stages,
+            CAUSAL=mask.causal, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-    return o, lse
+    return o.to(dtype), lse

@@ -1,0 +1,171 @@
+"""How does a GPU choose the blocks? Selection in four launches, without a score matrix.
+
+Pool k, pool q, score (`kernels.triton_scores`), pick (here): the threshold of the top-p rule is
+found by bisection, without a sort. The oracle is `kernels.selection`.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from afbs_compile.kernels.geometry import Mask
+from afbs_compile.kernels.triton_common import (
+    COLUMNS,
+    LENGTHS,
+    MODE,
+    NEIGHBOURS,
+    SINK,
+    SPARSE,
+    TAU,
+    THETA,
+    WINDOW,
+    WINDOWED,
+    end_block,
+    first_block,
+    on_device,
+    site_window,
+)
+from afbs_compile.kernels.triton_scores import block_scores
+
+TWO_BITS = tl.constexpr(0x40000000)  # the float 2.0 as an integer: above every block score
+CHUNK = 256  # block scores that the single warp of a pick program holds at once
+
+
+@triton.jit
+def kept_threshold(scores, start, end, target, CHUNK: tl.constexpr):
+    """Bits of the largest t such that the scores >= t in `[start, end)` sum to `target`.
+
+    Non-negative floats order like their bits, so 30 halvings separate any two scores.
+    """
+    low = 0
+    high = TWO_BITS
+    for _ in range(30):
+        middle = (low + high) // 2
+        reached = 0.0
+        for c in range(start, end, CHUNK):
+            j = c + tl.arange(0, CHUNK)
+            s = tl.load(scores + j, j < end, 0.0)
+            reached += tl.sum(tl.where(s.to(tl.int32, bitcast=True) >= middle, s, 0.0), 0)
+        low = tl.where(reached >= target, middle, low)
+        high = tl.where(reached >= target, high, middle)
+    return low
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def pick_kernel(
+    SCORES, Q_SIMILARITY, K_SIMILARITY, POLICY, COUNTS, INDICES,
+    heads, group, length_q, length_k, blocks_q, blocks_k, offset, window,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    CAUSAL: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """The list of one query block: `[lo, sink_end)` and `[near, hi)` forced, the rest by score."""
+    row = tl.program_id(0).to(tl.int64)
+    bh = row // blocks_q
+    policy = POLICY + bh % heads * COLUMNS
+    mode = tl.load(policy + MODE)
+    tau = tl.load(policy + TAU)
+    theta = tl.load(policy + THETA)
+    similarity = K_SIMILARITY + bh // group * blocks_k
+    first = (row % blocks_q).to(tl.int32) * BLOCK_M
+    last = tl.minimum(first + BLOCK_M, length_q) - 1
+    lo = first_block(first + offset - window + 1, length_k, BLOCK_N)
+    hi = blocks_k
+    near = blocks_k
+    if CAUSAL:
+        hi = end_block(last + offset, length_k, BLOCK_N)
+        neighbours = tl.load(policy + NEIGHBOURS).to(tl.int32)
+        near = tl.maximum(first + offset - neighbours * BLOCK_N, 0) // BLOCK_N
+    sink_end = tl.minimum(tl.cdiv(tl.load(policy + SINK).to(tl.int32), BLOCK_N), hi)
+    own_low = first + offset - tl.load(policy + WINDOW).to(tl.int32) + 1
+    near = tl.where(mode == WINDOWED, first_block(own_low, length_k, BLOCK_N), near)
+    searching = (mode == SPARSE) & (tau < 1.0)
+    if GATE:
+        searching &= (tl.load(Q_SIMILARITY + row) < theta) == 0
+    theta = tl.where(searching, theta, -float("inf"))
+    near = tl.where(searching | (mode == WINDOWED), tl.maximum(near, lo), lo)
+
+    # sum, best and number of gated blocks over the part that was scored
+    start = tl.maximum(lo, sink_end)
+    end = tl.where(searching, hi, start)
+    scores = SCORES + row * blocks_k
+    total = 0.0
+    best = -1.0
+    best_j = 0
+    forced = tl.maximum(sink_end - lo, 0) + tl.maximum(hi - near, 0)
+    for c in range(start, end, CHUNK):
+        j = c + tl.arange(0, CHUNK)
+        s = tl.load(scores + j, j < end, 0.0)
+        total += tl.sum(s, 0)
+        best_j = tl.where(tl.max(s, 0) > best, c + tl.argmax(s, 0), best_j)
+        best = tl.maximum(best, tl.max(s, 0))
+        if GATE:
+            forced += tl.sum((tl.load(similarity + j, j < end, 1.0) < theta).to(tl.int32), 0)
+    near = tl.where(total - total == 0.0, near, lo)  # scores not finite: stay dense
+    threshold = kept_threshold(scores, start, end, tau * total, CHUNK)
+
+    kept = 0
+    for c in range(0, blocks_k, CHUNK):
+        j = c + tl.arange(0, CHUNK)
+        s = tl.load(scores + j, (j >= start) & (j < end), 0.0)
+        keep = (j < sink_end) | (j >= near) | ((j == best_j) & (forced == 0))
+        keep |= (s.to(tl.int32, bitcast=True) >= threshold) & (s > 0.0)
+        if GATE:
+            keep |= tl.load(similarity + j, j < blocks_k, 1.0) < theta
+        keep = (keep & (j >= lo) & (j < hi)).to(tl.int32)
+        before = kept + tl.cumsum(keep, 0) - keep
+        # kept blocks fill the list from the front, the others from the back: all in [0, NK)
+        slot = tl.where(keep > 0, before, blocks_k - 1 - (j - before))
+        tl.store(INDICES + row * blocks_k + slot, j, mask=j < blocks_k)
+        kept += tl.sum(keep, 0)
+    tl.store(COUNTS + row, kept)
+
+
+def select(
+    q: Tensor,
+    k: Tensor,
+    policy: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    selector: str,
+    block_m: int,
+    block_n: int,
+) -> tuple[Tensor, Tensor]:
+    """Block lists of one attention call; no host synchronisation, can be captured in a CUDA graph.
+
+    Args:
+        q: `[B, Hq, Lq, D]`, fp32, fp16 or bf16, any strides.
+        k: `[B, Hkv, Lk, D]`; Hkv divides Hq.
+        policy: float32 `[Hq, COLUMNS]` on the device of q.
+        mask: The site's mask.
+        scale: Multiplier on q·k.
+        selector: `sub8`, `sub4` or `mean`.
+        block_m: Query block, tokens; a power of two from 16 on.
+        block_n: Key block, tokens; a power of two from 16 on.
+
+    Returns:
+        `counts` int32 `[B, Hq, NQ]` and `indices` int32 `[B, Hq, NQ, NK]` (see `kernels.lists`).
+
+    Raises:
+        ValueError: For an unknown selector.
+    """
+    batch, heads, length_q, _ = q.shape
+    length_k, policy = k.shape[2], policy.contiguous()
+    blocks_q, blocks_k = triton.cdiv(length_q, block_m), triton.cdiv(length_k, block_n)
+    counts = q.new_empty(batch, heads, blocks_q, dtype=torch.int32)
+    indices = q.new_empty(batch, heads, blocks_q, blocks_k, dtype=torch.int32)
+    with on_device(q):
+        scores, q_similarity, k_similarity = block_scores(
+            q, k, policy, mask=mask, scale=scale, selector=selector,
+            block_m=block_m, block_n=block_n,
+        )  # fmt: skip
+        pick_kernel[(batch * heads * blocks_q,)](
+            scores, q_similarity, k_similarity, policy, counts, indices,
+            heads, heads // k.shape[1], length_q, length_k, blocks_q, blocks_k,
+            mask.offset, site_window(mask), BLOCK_M=block_m, BLOCK_N=block_n, CHUNK=CHUNK,
+            CAUSAL=mask.causal, GATE=selector == "mean", num_warps=1,
+        )  # fmt: skip
+    return counts, indices

@@ -1,0 +1,99 @@
+"""May this call be rewritten? Reasons that can be read off the graph alone.
+
+A refused call is never an error: it stays SDPA and its reason is counted.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import SymInt
+from torch.fx import Graph, Node
+
+from afbs_compile.kernels.dispatch import unsupported
+from afbs_compile.passes.sites import Call, value
+
+ENTER = {"_vmap_increment_nesting": "vmap", "_enter_autocast": "autocast"}
+LEAVE = {"_vmap_decrement_nesting": "vmap", "_exit_autocast": "autocast"}
+TOGGLE = {"_sdpa_kernel": "sdpa_kernel", "_sdpa_kernel_variadic": "sdpa_kernel"}
+
+
+def contexts(graph: Graph) -> dict[Node, str]:
+    """Nodes inside a region that changes what SDPA means, with the region's name."""
+    open_regions: dict[str, int] = {}
+    inside: dict[Node, str] = {}
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        if name in ENTER:
+            open_regions[ENTER[name]] = open_regions.get(ENTER[name], 0) + 1
+        elif name in LEAVE:
+            open_regions[LEAVE[name]] = open_regions.get(LEAVE[name], 0) - 1
+        elif name in TOGGLE:
+            open_regions[TOGGLE[name]] = 1 - open_regions.get(TOGGLE[name], 0)
+        elif region := next((r for r, depth in open_regions.items() if depth > 0), None):
+            inside[node] = region
+    return inside
+
+
+def refusal(call: Call, region: str | None, min_length: int) -> str | None:
+    """Why this call must stay dense, or None if nothing in the graph speaks against it."""
+    if region:
+        return f"inside {region}"
+    if not (isinstance(call.dropout_p, int | float) and call.dropout_p == 0):
+        return "dropout"
+    tensors = [value(n) for n in (call.query, call.key, call.value)]
+    return (
+        shape_refusal(call, tensors)
+        or dtype_refusal(tensors)
+        or gradient_refusal(tensors)
+        or length_refusal(tensors[0].shape[2], min_length)
+        or mask_refusal(call)
+    )
+
+
+def shape_refusal(call: Call, tensors: list[torch.Tensor]) -> str | None:
+    """Shapes that the kernels do not take."""
+    q, k, v = tensors
+    if {q.dim(), k.dim(), v.dim()} != {4}:
+        return f"{q.dim()}-D tensors (4-D needed)"
+    heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[3]
+    if any(isinstance(n, SymInt) for n in (heads, kv_heads, v.shape[1], dim, v.shape[3])):
+        return "symbolic head count or head dim"
+    if v.shape[3] != dim:
+        return f"value head dim {v.shape[3]} differs from key head dim {dim}"
+    if v.shape[1] != kv_heads or heads % kv_heads or not (call.enable_gqa or heads == kv_heads):
+        return f"{heads} query heads on {kv_heads}/{v.shape[1]} key/value heads"
+    return None
+
+
+def dtype_refusal(tensors: Iterable[torch.Tensor]) -> str | None:
+    """Devices, dtypes and head dims without a kernel."""
+    kinds = {(t.device.type, t.dtype) for t in tensors}
+    if len(kinds) > 1:
+        return "q, k and v differ in dtype or device"
+    (device, dtype), dim = kinds.pop(), next(iter(tensors)).shape[3]
+    return unsupported(device, dtype, dim)
+
+
+def gradient_refusal(tensors: Iterable[torch.Tensor]) -> str | None:
+    """Until a backward exists."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "needs gradients (run under torch.no_grad or torch.inference_mode)"
+    return None
+
+
+def length_refusal(length: int | SymInt, min_length: int) -> str | None:
+    """A fixed short length; a symbolic one is decided at run time by the op."""
+    if not isinstance(length, SymInt) and length < min_length:
+        return f"short: {length} queries, min_length is {min_length}"
+    return None
+
+
+def mask_refusal(call: Call) -> str | None:
+    """Masks that no classification can save."""
+    if call.attn_mask is None:
+        return None if isinstance(call.is_causal, bool) else "is_causal known only at run time"
+    if not isinstance(call.attn_mask, Node):
+        return "mask is no tensor"
+    if value(call.attn_mask).dtype != torch.bool:
+        return "additive float mask"
+    return "both attn_mask and is_causal" if call.is_causal else None

@@ -1,0 +1,91 @@
+"""Where does a Dynamo graph call scaled-dot-product attention, and with what?
+
+Every spelling (positional, keyword, `F`, `torch._C._nn`, `aten`) ends as one `Call`.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+Argument = Node | float | bool | None
+
+SDPA = frozenset(
+    {
+        torch.nn.functional.scaled_dot_product_attention,
+        torch.ops.aten.scaled_dot_product_attention,
+        torch.ops.aten.scaled_dot_product_attention.default,
+    }
+)
+POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+DEFAULTS = {
+    "attn_mask": None,
+    "dropout_p": 0.0,
+    "is_causal": False,
+    "scale": None,
+    "enable_gqa": False,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One SDPA node, its arguments by SDPA's own names, and the path of its module."""
+
+    node: Node
+    name: str
+    query: Node
+    key: Node
+    value: Node
+    attn_mask: Argument = None
+    dropout_p: Argument = 0.0
+    is_causal: Argument = False
+    scale: Argument = None
+    enable_gqa: Argument = False
+
+
+def find(gm: GraphModule) -> list[Call]:
+    """All SDPA calls of the graph in order, each under a name of its own."""
+    calls: list[Call] = []
+    seen: dict[str, int] = {}
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or node.target not in SDPA:
+            continue
+        path = module_path(node)
+        ordinal = seen[path] = seen.get(path, -1) + 1
+        calls.append(normalise(node, f"{path}#{ordinal}" if ordinal else path))
+    return calls
+
+
+def normalise(node: Node, name: str) -> Call:
+    """The call's arguments, whichever way they were written."""
+    arguments = DEFAULTS | dict(zip(POSITIONAL, node.args, strict=False)) | dict(node.kwargs)
+    return Call(node=node, name=name, **arguments)
+
+
+def module_path(node: Node) -> str:
+    """Dotted path of the innermost module that made the call; `function` for none."""
+    stack = node.meta.get("nn_module_stack")
+    return dotted(next(reversed(stack.values()))[0]) if stack else "function"
+
+
+def dotted(source: str) -> str:
+    """A Dynamo source as a module path.
+
+    Dynamo writes `L['self'].model.layers.0.attn`, `L['self']._modules['model']...` and
+    `L['self'].__dict__['_modules']['model']...` for the same module; all become
+    `model.layers.0.attn`. The root itself is `model`.
+    """
+    path = re.sub(r"^[LG]\['\w+'\]", "", source).replace(".__dict__", "")
+    path = re.sub(r"\.?_(modules|parameters|buffers)\[", "[", path)
+    path = re.sub(r"\['_(modules|parameters|buffers)'\]", "", path)
+    path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path)
+    return path.strip(".") or "model"
+
+
+def value(node: Node) -> torch.Tensor:
+    """The fake tensor that Dynamo recorded for a node."""
+    found = node.meta.get("example_value", node.meta.get("val"))
+    if not isinstance(found, torch.Tensor):
+        raise TypeError(f"node {node.name} carries {type(found).__name__}, not a tensor")
+    return found
