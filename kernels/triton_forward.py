@@ -130,20 +130,17 @@ def tiling(
         shared_bytes: Shared memory that one program may use.
 
     Returns:
-        `(tile_n, num_warps, num_stages)`: the largest tile of which two stages fit.
+        `(tile_n, num_warps, num_stages)`: the largest tile of which two stages fit and, for fp32,
+        whose operands stay in the registers (fp32 runs on the FMA units).
     """
-    warps = 8 if block_m * head_dim >= 128 * 64 and block_m >= 128 else 4
+    exact = itemsize == 4
+    warps = 8 if exact or block_m >= 128 else 4
+    row_bytes = 2 * head_dim * itemsize  # of k and v
     room = shared_bytes - block_m * head_dim * itemsize
-    tile_n = block_n
-    while tile_n > 16 and (2 * tile_bytes(tile_n, head_dim, itemsize) > room or tile_n > 128):
+    tile_n = min(block_n, 4096 // head_dim if exact else 128)
+    while tile_n > 16 and 2 * tile_n * row_bytes > room:
         tile_n //= 2
-    stages = max(1, min(3, room // tile_bytes(tile_n, head_dim, itemsize)))
-    return tile_n, warps, stages
-
-
-def tile_bytes(tile_n: int, head_dim: int, itemsize: int) -> int:
-    """Shared memory of one pipeline stage: a tile of k and a tile of v."""
-    return 2 * tile_n * head_dim * itemsize
+    return tile_n, warps, max(1, min(3, room // (tile_n * row_bytes)))
 
 
 def forward(
@@ -189,8 +186,9 @@ def forward(
     tile_n, warps, stages = tiling(
         padded, q.element_size(), block_m, block_n, shared_memory_bytes(q.device)
     )
-    o = q.new_empty(batch, length_q, heads, head_dim).transpose(1, 2)
-    lse = q.new_empty(batch, heads, length_q, dtype=torch.float32)
+    o = torch.empty(batch, length_q, heads, head_dim, dtype=q.dtype, device=q.device)
+    o = o.transpose(1, 2)
+    lse = torch.empty(batch, heads, length_q, dtype=torch.float32, device=q.device)
     blocks_q, blocks_k = indices.shape[-2:]
     with on_device(q):
         forward_kernel[(batch * heads * blocks_q,)](
@@ -199,6 +197,6 @@ def forward(
             heads, heads // k.shape[1], length_q, k.shape[2], blocks_q, blocks_k,
             mask.offset, site_window(mask),
             D=head_dim, D_PADDED=padded, BLOCK_M=block_m, BLOCK_N=block_n, TILE_N=tile_n,
-            CAUSAL=mask.causal, num_warps=warps, num_stages=stages,
+            CAUSAL=mask.causal, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
     return o.to(dtype), lse

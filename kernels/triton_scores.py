@@ -1,4 +1,4 @@
-"""How much attention mass does a block hold, on a GPU? Pooling and block scores in Triton.
+"""How much attention mass does a block hold, on a GPU? Block scores in Triton.
 
 The score kernel goes twice over the pooled keys, once for the softmax statistics of every query
 sub-row and once for the mass of every block: recomputing is cheaper than storing the sub-block
@@ -26,46 +26,9 @@ from afbs_compile.kernels.triton_common import (
     THETA,
     end_block,
     first_block,
-    rows_contiguous,
     site_window,
 )
-
-TILE_ROWS = 64  # query sub-rows of one program of the score kernel
-
-
-@triton.jit(do_not_specialize=["heads", "length", "blocks"])
-def pool_kernel(
-    X, MEANS, SIMILARITY, stride_b, stride_h, stride_l, heads, length, blocks,
-    D: tl.constexpr, D_PADDED: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
-    COSINE: tl.constexpr,
-):  # fmt: skip
-    """Means of `SIZE` tokens and, with `COSINE`, |mean of unit vectors|²: `TILE` blocks each."""
-    tiles = tl.cdiv(blocks, TILE)
-    pid = tl.program_id(0)
-    bh = pid // tiles
-    n = pid % tiles * TILE + tl.arange(0, TILE)
-    d = tl.arange(0, D_PADDED)
-    x_head = X + (bh // heads).to(tl.int64) * stride_b + (bh % heads).to(tl.int64) * stride_h
-    total = tl.zeros([TILE, D_PADDED], tl.float32)
-    units = tl.zeros([TILE, D_PADDED], tl.float32)
-    UNROLL: tl.constexpr = 4
-    for start in range(0, SIZE, UNROLL):
-        for step in tl.static_range(UNROLL):
-            i = n * SIZE + start + step
-            x_mask = (i < length)[:, None] & (d < D)[None, :]
-            x = tl.load(x_head + i.to(tl.int64)[:, None] * stride_l + d[None, :], x_mask, 0.0)
-            x = x.to(tl.float32)
-            total += x
-            if COSINE:
-                norm = tl.sqrt(tl.sum(x * x, 1))
-                units += x / tl.maximum(norm, 1e-12)[:, None]
-    tokens = tl.maximum(tl.minimum(length - n * SIZE, SIZE), 1).to(tl.float32)
-    out = bh.to(tl.int64) * blocks + n
-    means = total / tokens[:, None]
-    tl.store(MEANS + out[:, None] * D_PADDED + d[None, :], means, mask=(n < blocks)[:, None])
-    if COSINE:
-        units = units / tokens[:, None]
-        tl.store(SIMILARITY + out, tl.sum(units * units, 1), mask=n < blocks)
+from afbs_compile.kernels.triton_pool import pool
 
 
 @triton.jit
@@ -166,30 +129,6 @@ def score_kernel(
         tl.store(out + j[None, :], fold_blocks(mass, ROWS, COLS, M, N), mask=stored)
 
 
-def pool(x: Tensor, size: int, *, cosine: bool) -> tuple[Tensor, Tensor]:
-    """Means of blocks of `size` tokens, and with `cosine` their self-similarity.
-
-    Args:
-        x: `[B, H, L, D]`, any strides.
-        size: Tokens of a block, a multiple of 4.
-        cosine: Whether the self-similarity is wanted; undefined if not.
-
-    Returns:
-        Means fp32 `[B, H, N, D']`, D padded with zeros to a power of two, and fp32 `[B, H, N]`.
-    """
-    x = rows_contiguous(x)
-    batch, heads, length, dim = x.shape
-    blocks, padded = triton.cdiv(length, size), max(16, triton.next_power_of_2(dim))
-    tile = max(4, 2048 // padded)
-    means = x.new_empty(batch, heads, blocks, padded, dtype=torch.float32)
-    similarity = x.new_empty(batch, heads, blocks if cosine else 1, dtype=torch.float32)
-    pool_kernel[(batch * heads * triton.cdiv(blocks, tile),)](
-        x, means, similarity, *x.stride()[:3], heads, length, blocks,
-        D=dim, D_PADDED=padded, SIZE=size, TILE=tile, COSINE=cosine,
-    )  # fmt: skip
-    return means, similarity
-
-
 def pooled_sizes(selector: str, block_m: int, block_n: int) -> tuple[int, int]:
     """Tokens of a query and of a key sub-block under `selector`.
 
@@ -200,6 +139,23 @@ def pooled_sizes(selector: str, block_m: int, block_n: int) -> tuple[int, int]:
         raise ValueError(f"unknown selector {selector!r}: use one of {', '.join(SELECTORS)}")
     size = SUB_BLOCK.get(selector)
     return (size, size) if size else (block_m, block_n)
+
+
+def tiling(head_dim: int, dtype: torch.dtype, fold_m: int, fold_n: int) -> tuple[int, int, int]:
+    """Query sub-rows and key sub-blocks of a tile, and warps.
+
+    Two stages fit the 99 KiB of an sm_86; fp32 runs on the FMA units, whose operands would spill.
+
+    Args:
+        head_dim: Head dimension, padded to a power of two.
+        dtype: Of q and k; the pooled means are fp32.
+        fold_m: Sub-rows of a query block: a tile holds whole blocks.
+        fold_n: Sub-blocks of a key block.
+    """
+    exact = dtype == torch.float32
+    rows = max(64 if head_dim <= 128 else 32, fold_m)
+    cols = max(min(64, 8192 // head_dim) // (2 if exact else 1), 16, fold_n)
+    return rows, cols, 8 if exact else 4
 
 
 def block_scores(
@@ -238,16 +194,18 @@ def block_scores(
     batch, heads, length_q, _ = q.shape
     length_k, group = k.shape[2], heads // k.shape[1]
     blocks_q, blocks_k = triton.cdiv(length_q, block_m), triton.cdiv(length_k, block_n)
-    rows, cols = max(TILE_ROWS, block_m // size_m), max(TILE_ROWS, block_n // size_n)
     k_means, k_similarity = pool(k, size_n, cosine=gate)
     q_means, q_similarity = pool(q, size_m, cosine=gate)
-    scores = q.new_empty(batch, heads, blocks_q, blocks_k, dtype=torch.float32)
+    scores = torch.empty(batch, heads, blocks_q, blocks_k, dtype=torch.float32, device=q.device)
+    padded = q_means.shape[-1]
+    rows, cols, warps = tiling(padded, q.dtype, block_m // size_m, block_n // size_n)
     tiles = triton.cdiv(triton.cdiv(length_q, size_m), rows)
     score_kernel[(batch * heads * tiles,)](
         q_means, k_means, k_similarity, policy, scores, scale * LOG2E,
         heads, group, length_q, length_k, blocks_q, blocks_k, mask.offset, site_window(mask),
-        D_PADDED=q_means.shape[-1], SIZE_M=size_m, SIZE_N=size_n, BLOCK_M=block_m,
+        D_PADDED=padded, SIZE_M=size_m, SIZE_N=size_n, BLOCK_M=block_m,
         BLOCK_N=block_n, ROWS=rows, COLS=cols, CAUSAL=mask.causal, GATE=gate,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=warps, num_stages=2, enable_fp_fusion=True,
     )  # fmt: skip
     return scores, q_similarity, k_similarity

@@ -155,8 +155,8 @@ def select(
     batch, heads, length_q, _ = q.shape
     length_k, policy = k.shape[2], policy.contiguous()
     blocks_q, blocks_k = triton.cdiv(length_q, block_m), triton.cdiv(length_k, block_n)
-    counts = q.new_empty(batch, heads, blocks_q, dtype=torch.int32)
-    indices = q.new_empty(batch, heads, blocks_q, blocks_k, dtype=torch.int32)
+    counts = torch.empty(batch, heads, blocks_q, dtype=torch.int32, device=q.device)
+    indices = torch.empty(batch, heads, blocks_q, blocks_k, dtype=torch.int32, device=q.device)
     with on_device(q):
         scores, q_similarity, k_similarity = block_scores(
             q, k, policy, mask=mask, scale=scale, selector=selector,
@@ -166,6 +166,7 @@ def select(
             scores, q_similarity, k_similarity, policy, counts, indices,
             heads, heads // k.shape[1], length_q, length_k, blocks_q, blocks_k,
             mask.offset, site_window(mask), BLOCK_M=block_m, BLOCK_N=block_n, CHUNK=CHUNK,
-            CAUSAL=mask.causal, GATE=selector == "mean", num_warps=1,
+            CAUSAL=mask.causal, GATE=selector == "mean",
+            num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip
     return counts, indices

@@ -1,0 +1,144 @@
+"""What do the attention sites really see? q, k and v of one layer at a time, from real inputs.
+
+Runs Dynamo's graph with `fx.Interpreter`, dense, and stops at every site. Only the current layer's
+tensors are alive. Asking for an earlier site starts a new pass, so a search that walks the layers
+in order costs one forward pass a phase.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from afbs_compile.kernels.geometry import Mask
+from afbs_compile.passes.rewrite import Site
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The inputs of one site in one forward pass.
+
+    Attributes:
+        q: `[B, Hq, Lq, D]`.
+        k: `[B, Hkv, Lk, D]`, heads not repeated.
+        v: `[B, Hkv, Lk, D]`.
+        mask: The site's mask with its offset counted from 0.
+        scale: Multiplier on q·k.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Mask
+    scale: float
+
+
+class Stream:
+    """Layers of a graph on one set of inputs.
+
+    Inputs that the graph may change in place are copied for every pass, and random states are put
+    back, so that the caller's own run sees the world as it was.
+    """
+
+    def __init__(self, gm: GraphModule, inputs: Sequence[Any], sites: Sequence[Site]) -> None:
+        """Prepare passes of `gm` over `inputs` (real tensors and ints, one a placeholder)."""
+        self.gm, self.inputs, self.sites = gm, inputs, list(sites)
+        self.order = {site.name: n for n, site in enumerate(sites)}
+        self.position = len(self.sites)
+        self.layers: Iterator[Layer] = iter(())
+        self.current: Layer | None = None
+
+    def layer(self, name: str) -> Layer:
+        """The layer of a site, from the running pass or a new one."""
+        wanted = self.order[name]
+        if self.current is None or wanted < self.position:
+            self.layers, self.position = self.run(), -1
+        while self.position < wanted:
+            self.current = next(self.layers)
+            self.position += 1
+        assert self.current is not None
+        return self.current
+
+    def run(self) -> Iterator[Layer]:
+        """One pass; yields each site's layer before the site runs."""
+        by_node = {site.call.node: site for site in self.sites}
+        held = {node for site in self.sites for node in (site.key, site.value)}
+        interpreter = Interpreter(self.gm)
+        interpreter.args_iter = iter(private(self.gm, self.inputs))
+        uses = remaining_uses(self.gm)
+        left = len(self.sites)
+        for node in self.gm.graph.nodes:
+            if site := by_node.get(node):
+                yield layer_of(interpreter, site)
+                left -= 1
+                if not left:
+                    return
+            with torch.no_grad():
+                interpreter.env[node] = interpreter.run_node(node)
+            for used in uses.get(node, ()):
+                if used not in held:
+                    interpreter.env.pop(used, None)
+            if site:
+                interpreter.env.pop(site.key, None)
+                interpreter.env.pop(site.value, None)
+
+
+def layer_of(interpreter: Interpreter, site: Site) -> Layer:
+    """The site's inputs out of the interpreter's environment."""
+    q, k, v = (interpreter.env[n] for n in (site.call.query, site.key, site.value))
+    scale = site.scale
+    if scale is None:
+        assert isinstance(site.call.scale, Node)
+        scale = float(interpreter.env[site.call.scale])
+    return Layer(q, k, v, mask_at(site, q.shape[2], k.shape[2]), scale)
+
+
+def mask_at(site: Site, length_q: int, length_k: int) -> Mask:
+    """The site's mask for given lengths."""
+    if not site.from_end:
+        return site.mask
+    return Mask(True, site.mask.offset + length_k - length_q, site.mask.window)
+
+
+def remaining_uses(gm: GraphModule) -> dict[Node, list[Node]]:
+    """For every node, the values that nobody needs after it."""
+    last: dict[Node, Node] = {}
+    for node in gm.graph.nodes:
+        for used in node.all_input_nodes:
+            last[used] = node
+    dead: dict[Node, list[Node]] = {}
+    for used, user in last.items():
+        dead.setdefault(user, []).append(used)
+    return dead
+
+
+def private(gm: GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """The inputs, with those copied that the graph might write to."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    return [
+        copied(x) if isinstance(x, Tensor) and (not is_weight(x) or written(n)) else x
+        for n, x in zip(placeholders, inputs, strict=True)
+    ]
+
+
+def copied(x: Tensor) -> Tensor:
+    """A copy that shares no memory."""
+    return x.detach().clone()
+
+
+def is_weight(x: Tensor) -> bool:
+    """Parameters are large and hardly ever written to."""
+    return isinstance(x, torch.nn.Parameter)
+
+
+def written(node: Node) -> bool:
+    """Does a user of the node change it in place (`x.add_()`, `x[...] = y`, `x += y`)?"""
+    for user in node.users:
+        name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__")
+        if (in_place or name in ("setitem", "iadd", "imul", "isub")) and user.args[:1] == (node,):
+            return True
+    return False

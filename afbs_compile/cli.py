@@ -1,0 +1,149 @@
+"""What can be asked on the command line? Parsers only: a command's module loads when it runs.
+
+Results go to stdout (one JSON object with `--json`), progress and messages to stderr; the exit
+code is 0 only for success.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from afbs_compile import logs
+from afbs_compile.commands.errors import CommandError
+from afbs_compile.options import EVALUATORS, FIDELITIES, SELECTORS, STRATEGIES
+from afbs_compile.policy import PolicyError
+from afbs_compile.versions import version
+
+INTERRUPTED = 130  # what a shell reports after Ctrl-C
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code."""
+    args = parser().parse_args(arguments)
+    try:
+        code = run(args)
+    except (CommandError, PolicyError) as error:
+        print(f"afbs {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"afbs {args.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return code
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load the command's module and run it; the exit code."""
+    try:
+        logs.configure()
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    module = importlib.import_module(f"afbs_compile.commands.{args.command}")
+    code: int = module.run(args)
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = argparse.ArgumentParser(
+        prog="afbs", description="Block-sparse attention that tunes itself."
+    )
+    top.add_argument("--version", action="version", version=f"afbs {version('afbs-compile')}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    add_demo(commands.add_parser("demo", help="make a real language model sparse, and measure it"))
+    add_tune(commands.add_parser("tune", help="tune a local model ahead of time"))
+    add_show(commands.add_parser("show", help="show a policy by site and head"))
+    add_cache(commands.add_parser("cache", help="list, check and delete stored policies"))
+    add_doctor(commands.add_parser("doctor", help="check what this machine can do"))
+    return top
+
+
+def add_json(command: argparse.ArgumentParser) -> None:
+    """`--json`, which every command has."""
+    command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def add_cache_dir(command: argparse.ArgumentParser) -> None:
+    """`--cache-dir`."""
+    command.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", help="where policies are kept (AFBS_CACHE_DIR)"
+    )
+
+
+def add_tuning(command: argparse.ArgumentParser) -> None:
+    """The options of a search; `options.parse` checks their values."""
+    command.add_argument("--max-error", type=float, help="largest relative L1 error of a head")
+    command.add_argument("--mean-error", type=float, help="largest mean of those errors")
+    command.add_argument("--strategy", choices=STRATEGIES)
+    command.add_argument("--evaluator", choices=EVALUATORS)
+    command.add_argument("--fidelity", choices=FIDELITIES)
+    command.add_argument("--selector", choices=SELECTORS)
+    command.add_argument("--min-length", type=int, help="shorter calls stay dense, in tokens")
+    add_cache_dir(command)
+    add_json(command)
+
+
+def add_demo(command: argparse.ArgumentParser) -> None:
+    """`afbs demo`."""
+    command.add_argument(
+        "--model", type=Path, metavar="DIR", help="a Hugging Face model (default: SmolLM2-135M)"
+    )
+    command.add_argument(
+        "--text", type=Path, metavar="FILE", help="a text (default: Python's own documentation)"
+    )
+    command.add_argument("--tokens", type=int, default=4096, help="tokens of a window (4096)")
+    command.add_argument(
+        "--heatmap", type=Path, metavar="PNG", help="where the heat map goes (afbs-demo.png)"
+    )
+    add_tuning(command)
+
+
+def add_tune(command: argparse.ArgumentParser) -> None:
+    """`afbs tune`."""
+    command.add_argument("--model", type=Path, required=True, metavar="DIR")
+    command.add_argument("--text", type=Path, required=True, metavar="FILE")
+    command.add_argument("--tokens", type=int, required=True, help="tokens of the input")
+    command.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the policy here as well as to the cache"
+    )
+    add_tuning(command)
+
+
+def add_show(command: argparse.ArgumentParser) -> None:
+    """`afbs show`."""
+    command.add_argument(
+        "policy",
+        nargs="?",
+        metavar="MODEL_KEY|FILE",
+        help="a policy file, or the beginning of a key in the cache (default: the newest)",
+    )
+    command.add_argument(
+        "--heatmap", type=Path, metavar="PNG", help="draw density by layer and head"
+    )
+    add_cache_dir(command)
+    add_json(command)
+
+
+def add_cache(command: argparse.ArgumentParser) -> None:
+    """`afbs cache`."""
+    actions = command.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, about in (
+        ("ls", "list what is kept"),
+        ("path", "print the folder"),
+        ("verify", "check every file; exit code 1 if one cannot be used"),
+        ("rm", "delete a policy"),
+    ):
+        action = actions.add_parser(name, help=about)
+        if name == "rm":
+            which = action.add_mutually_exclusive_group(required=True)
+            which.add_argument("key", nargs="?", help="the model's key")
+            which.add_argument("--all", action="store_true", help="every policy")
+        add_cache_dir(action)
+        add_json(action)
+
+
+def add_doctor(command: argparse.ArgumentParser) -> None:
+    """`afbs doctor`."""
+    add_cache_dir(command)
+    add_json(command)

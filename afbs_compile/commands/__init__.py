@@ -1,0 +1,1 @@
+"""The commands of `afbs`, a module each with `run(args) -> exit code`."""

@@ -1,0 +1,196 @@
+"""How good is a threshold at a site? The two ways of measuring that the tuner may call.
+
+`ProfileEvaluator` looks exact answers up in a one-pass profile; `DirectEvaluator` runs the op, and
+so works for parameters that no profile covers. Error is the relative L1 of a head's output,
+Σ|o − o*| / Σ|o*|, the worst over the batch (its entries count as documents).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from afbs_compile.capture import Layer
+from afbs_compile.kernels import dispatch
+from afbs_compile.kernels.geometry import Blocks, Mask, head_visible
+from afbs_compile.kernels.profile import Profile, profile
+from afbs_compile.kernels.selection import select
+from afbs_compile.policy import Head
+from afbs_compile.policy_tensor import rows
+from afbs_compile.tuner.arrays import Floats
+from afbs_compile.tuner.objective import Fidelity, Measured, QueryBlocks, SequenceLength, tau_of_u
+
+MOST_ROWS = 64  # query blocks profiled at most: cost grows with length, not with its square
+
+
+class Layers(Protocol):
+    """Where a direct evaluator gets its tensors from."""
+
+    def layer(self, name: str) -> Layer:
+        """The captured inputs of a site."""
+        ...
+
+
+def policy_at(taus: Floats, device: torch.device) -> Tensor:
+    """Policy tensor `[H, COLUMNS]` of sparse heads with default sink and neighbours."""
+    return rows([Head("sparse", float(tau)) for tau in taus], device)
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileEvaluator:
+    """Looks error and density up in profile tables.
+
+    Attributes:
+        tables: Profile of the whole input as NumPy arrays, by `Profile`'s names.
+        prefix: Profile of a prefix, for `SequenceLength` where rows of the whole input will not do
+            (a query of a non-causal site sees what comes after it).
+        blocks: Query blocks of the whole input.
+    """
+
+    tables: dict[str, np.ndarray]
+    prefix: dict[str, np.ndarray] | None
+    blocks: int
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return int(self.tables["error"].shape[1])
+
+    def __call__(self, u: Floats, fidelity: Fidelity) -> Measured:
+        """Error and density at u `[H]`."""
+        tables = self.tables
+        if isinstance(fidelity, SequenceLength) and self.prefix is not None:
+            tables = self.prefix
+            rows = np.arange(len(tables["rows"]))
+        else:
+            rows = chosen_rows(tables["rows"], fidelity, self.blocks)
+        return look_up(tables, rows, np.asarray(tau_of_u(u)))
+
+
+def look_up(tables: dict[str, np.ndarray], rows: np.ndarray, tau: Floats) -> Measured:
+    """Error and density at tau `[H]` over some of the profiled rows."""
+    before = tables["before"][:, :, rows]
+    extra = (before < tau[None, :, None, None].astype(np.float32)).sum(-1)
+    forced = tables["forced"][:, :, rows]
+    extra = np.where(forced == 0, np.maximum(extra, 1), extra)
+    error = np.take_along_axis(tables["error"][:, :, rows], extra[..., None], -1)[..., 0].sum(-1)
+    norm = tables["norm"][:, :, rows].sum(-1)
+    relative = np.divide(error, norm, out=np.zeros(error.shape), where=norm > 0)
+    density = (extra + forced).sum((0, 2)) / (len(error) * tables["visible"][:, rows].sum(-1))
+    return Measured(relative.max(0), density)
+
+
+def chosen_rows(available: np.ndarray, fidelity: Fidelity, blocks: int) -> np.ndarray:
+    """Positions in `available` (query blocks) that a fidelity looks at."""
+    if isinstance(fidelity, SequenceLength):
+        inside = np.flatnonzero(available < math.ceil(fidelity.fraction * blocks))
+        return inside if len(inside) else np.arange(1)
+    return spread(len(available), fidelity)
+
+
+def spread(count: int, fidelity: QueryBlocks) -> np.ndarray:
+    """Evenly spread positions among `count`, a `fidelity.fraction` of them."""
+    few = max(1, math.ceil(fidelity.fraction * count))
+    return ((np.arange(few) + 0.5) * count / few).astype(np.int64)
+
+
+def profiled(
+    layer: Layer, *, selector: str, heads: int, low: Fidelity | None = None
+) -> ProfileEvaluator:
+    """Profile a layer: all query blocks, or `MOST_ROWS` spread evenly if there are more."""
+    block_m, block_n = dispatch.block_sizes(layer.q.device.type)
+    policy = policy_at(np.ones(heads), layer.q.device)
+    blocks = -(-layer.q.shape[2] // block_m)
+    share = QueryBlocks(min(1.0, MOST_ROWS / blocks))
+    chosen = torch.as_tensor(spread(blocks, share), device=layer.q.device)
+    prefix = None
+    if isinstance(low, SequenceLength) and not layer.mask.causal:
+        size_q, size_k = (math.ceil(low.fraction * t.shape[2]) for t in (layer.q, layer.k))
+        prefix = as_numpy(
+            profile(
+                layer.q[:, :, :size_q], layer.k[:, :, :size_k], layer.v[:, :, :size_k], policy,
+                mask=layer.mask, scale=layer.scale, selector=selector,
+                block_m=block_m, block_n=block_n,
+            )
+        )  # fmt: skip
+    whole = profile(
+        layer.q, layer.k, layer.v, policy, mask=layer.mask, scale=layer.scale,
+        selector=selector, block_m=block_m, block_n=block_n, rows=chosen,
+    )  # fmt: skip
+    return ProfileEvaluator(as_numpy(whole), prefix, blocks)
+
+
+def as_numpy(tables: Profile) -> dict[str, np.ndarray]:
+    """The tables of a profile on the host."""
+    names = ("rows", "error", "before", "norm", "forced", "visible")
+    return {name: getattr(tables, name).cpu().numpy() for name in names}
+
+
+@dataclass(frozen=True, slots=True)
+class DirectEvaluator:
+    """Runs the op on the captured tensors and compares with SDPA."""
+
+    layers: Layers
+    site: str
+    heads: int
+    selector: str
+
+    def __call__(self, u: Floats, fidelity: Fidelity) -> Measured:
+        """Error and density at u `[H]`."""
+        layer = self.layers.layer(self.site)
+        policy = policy_at(np.asarray(tau_of_u(u)), layer.q.device)
+        error = torch.zeros(layer.q.shape[:2], dtype=torch.float64, device=layer.q.device)
+        norm, kept, seen = torch.zeros_like(error), torch.zeros_like(error), 0.0
+        for part in parts(layer, fidelity):
+            ours = self.run(part, policy).double()
+            exact = dispatch.dense(part.q, part.k, part.v, mask=part.mask, scale=part.scale)
+            error += (ours - exact.double()).abs().sum((2, 3))
+            norm += exact.double().abs().sum((2, 3))
+            counts, visible = self.count(part, policy)
+            kept += counts
+            seen += visible
+        relative = torch.where(norm > 0, error / norm.clamp(min=1e-300), 0).amax(0)
+        return Measured(relative.cpu().numpy(), (kept.mean(0) / seen).cpu().numpy())
+
+    def run(self, part: Layer, policy: Tensor) -> Tensor:
+        """The op on a part of the layer."""
+        return dispatch.attention(
+            part.q, part.k, part.v, policy, mask=part.mask, scale=part.scale,
+            selector=self.selector,
+        )  # fmt: skip
+
+    def count(self, part: Layer, policy: Tensor) -> tuple[Tensor, float]:
+        """Blocks kept `[B, H]`, and visible a head."""
+        block_m, block_n = dispatch.block_sizes(part.q.device.type)
+        counts, _ = select(
+            part.q, part.k, policy, mask=part.mask, scale=part.scale, selector=self.selector,
+            block_m=block_m, block_n=block_n,
+        )  # fmt: skip
+        qb = Blocks.of(part.q.shape[2], block_m, part.q.device)
+        kb = Blocks.of(part.k.shape[2], block_n, part.q.device)
+        visible = head_visible(part.mask, policy[:1], qb, kb).sum()
+        return counts.sum(-1), float(visible)
+
+
+def parts(layer: Layer, fidelity: Fidelity) -> list[Layer]:
+    """The pieces of a layer that a fidelity looks at."""
+    if fidelity == QueryBlocks(1.0):
+        return [layer]
+    length = layer.q.shape[2]
+    if isinstance(fidelity, SequenceLength):
+        size_q, size_k = (math.ceil(fidelity.fraction * t.shape[2]) for t in (layer.q, layer.k))
+        short = (t[:, :, :size_k] for t in (layer.k, layer.v))
+        return [Layer(layer.q[:, :, :size_q], *short, layer.mask, layer.scale)]
+    block_m, _ = dispatch.block_sizes(layer.q.device.type)
+    starts = spread(-(-length // block_m), fidelity) * block_m
+    return [rows_from(layer, int(start), block_m) for start in starts]
+
+
+def rows_from(layer: Layer, start: int, count: int) -> Layer:
+    """A layer of `count` query rows from `start` on, against all keys."""
+    mask = Mask(layer.mask.causal, layer.mask.offset + start, layer.mask.window)
+    q = layer.q[:, :, start : start + count]
+    return Layer(q, layer.k, layer.v, mask if layer.mask.causal else layer.mask, layer.scale)

@@ -1,0 +1,209 @@
+"""What did the user ask for? The one reader of `torch.compile(options=…)` and of the environment.
+
+Names that are not ours are Inductor's (`torch._inductor.config`) and are forwarded to it as
+configuration patches; anything else is an error that names the closest valid option.
+"""
+
+import difflib
+import logging
+import math
+import numbers
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_origin
+
+import platformdirs
+
+MEAN_ERROR_SHARE = 0.35  # of max_error: the mean over heads that tuning may spend by default
+
+STRATEGIES = ("afbs-bo", "bisect")
+EVALUATORS = ("profile", "direct")
+FIDELITIES = ("query-blocks", "sequence-length")
+SELECTORS = ("sub8", "sub4", "mean")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The user's wishes, checked.
+
+    Attributes:
+        max_error: Largest relative L1 error of one head's output, in [0, 1]; 0 keeps all dense.
+        mean_error: Largest mean of those errors over the heads, in [0, 1]; None takes
+            `MEAN_ERROR_SHARE` of `max_error`.
+        policy: A policy file to use as it is, instead of tuning.
+        cache_dir: Where policies are kept; None asks the environment, then the platform.
+        strategy: How to search, one of `STRATEGIES`.
+        evaluator: How a candidate is measured, one of `EVALUATORS`.
+        fidelity: What a cheap evaluation looks at, one of `FIDELITIES`.
+        selector: How block scores are made, one of `SELECTORS`.
+        min_length: Calls with fewer query tokens stay dense.
+        inductor: Configuration patches for Inductor.
+    """
+
+    max_error: float = 0.2
+    mean_error: float | None = None
+    policy: Path | None = None
+    cache_dir: Path | None = None
+    strategy: str = "afbs-bo"
+    evaluator: str = "profile"
+    fidelity: str = "query-blocks"
+    selector: str = "sub8"
+    min_length: int = 2048
+    inductor: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def mean_error_budget(self) -> float:
+        """The mean error that tuning may spend, with the default filled in."""
+        return MEAN_ERROR_SHARE * self.max_error if self.mean_error is None else self.mean_error
+
+    @property
+    def cache_folder(self) -> Path:
+        """The cache directory with the environment and the platform's default filled in."""
+        return self.cache_dir or default_cache_dir()
+
+    def tuning_fingerprint(self) -> dict[str, float | str]:
+        """The options that change what is tuned; two tunings are comparable if these agree."""
+        return {
+            "max_error": self.max_error,
+            "mean_error": self.mean_error_budget,
+            "strategy": self.strategy,
+            "evaluator": self.evaluator,
+            "fidelity": self.fidelity,
+            "selector": self.selector,
+        }
+
+
+def parse(options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
+    """Check `options` (ours and Inductor's) and `mode` (Inductor's presets).
+
+    Raises:
+        ValueError: An unknown name, or a value of the wrong type or out of range.
+    """
+    ours: dict[str, Any] = {}
+    inductor = mode_patches(mode)
+    for name, value in (options or {}).items():
+        if name in CHECKS:
+            ours[name] = CHECKS[name](name, value)
+        else:
+            inductor.update(inductor_patch(name, value))
+    return Options(**ours, inductor=inductor)
+
+
+def mode_patches(mode: str | None) -> dict[str, Any]:
+    """Inductor's configuration patches for a `torch.compile(mode=…)` preset."""
+    if mode is None:
+        return {}
+    from torch._inductor import list_mode_options
+
+    presets: dict[str, dict[str, Any]] = list_mode_options()
+    if mode not in presets:
+        raise ValueError(f"mode {mode!r} is unknown; give one of {', '.join(presets)}")
+    return dict(presets[mode])
+
+
+def inductor_patch(name: str, value: Any) -> dict[str, Any]:
+    """`{name: value}` if Inductor has such an option of such a type, else ValueError."""
+    from torch._inductor import config
+
+    known = config.get_config_copy()
+    key = str(name).replace("-", "_")
+    if key not in known:
+        close = difflib.get_close_matches(key, [*CHECKS, *known], n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        raise ValueError(
+            f"option {name!r} is unknown{hint} afbs takes {', '.join(CHECKS)}, and every option "
+            "of torch._inductor.config"
+        )
+    needed = config.get_type(key)  # type: ignore[attr-defined]
+    if get_origin(needed) is None and not isinstance(value, needed):
+        raise ValueError(
+            f"Inductor's option {key!r} is {value!r}, a {type(value).__name__}; "
+            f"give a value like {known[key]!r}"
+        )
+    return {key: value}
+
+
+def fraction(name: str, value: Any) -> float:
+    """A real number in [0, 1]."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not math.isfinite(value) or not 0 <= value <= 1:
+        raise ValueError(f"option {name!r} is {value!r}; give a number from 0 to 1")
+    return float(value)
+
+
+def fraction_or_none(name: str, value: Any) -> float | None:
+    """A real number in [0, 1], or None."""
+    return None if value is None else fraction(name, value)
+
+
+def positive(name: str, value: Any) -> int:
+    """An integer of at least 1."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < 1:
+        raise ValueError(f"option {name!r} is {value!r}; give a whole number of at least 1")
+    return int(value)
+
+
+def path_or_none(name: str, value: Any) -> Path | None:
+    """A path with `~` expanded, or None."""
+    if value is None:
+        return None
+    if not isinstance(value, str | os.PathLike) or not str(value):
+        raise ValueError(f"option {name!r} is {value!r}; give a path, or None")
+    return Path(value).expanduser()
+
+
+def one_of(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
+    """A check that the value is one of `choices`."""
+
+    def check(name: str, value: Any) -> str:
+        if not isinstance(value, str) or value not in choices:
+            close = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ";"
+            raise ValueError(
+                f"option {name!r} is {value!r}{hint} give one of {', '.join(choices)}"
+            )
+        return value
+
+    return check
+
+
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "max_error": fraction,
+    "mean_error": fraction_or_none,
+    "policy": path_or_none,
+    "cache_dir": path_or_none,
+    "strategy": one_of(STRATEGIES),
+    "evaluator": one_of(EVALUATORS),
+    "fidelity": one_of(FIDELITIES),
+    "selector": one_of(SELECTORS),
+    "min_length": positive,
+}
+
+
+def default_cache_dir() -> Path:
+    """`AFBS_CACHE_DIR`, or else the platform's cache directory."""
+    chosen = os.environ.get("AFBS_CACHE_DIR")
+    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("afbs-compile")
+
+
+def disabled() -> bool:
+    """Whether `AFBS_DISABLE` asks to leave every attention call dense."""
+    return os.environ.get("AFBS_DISABLE", "").lower() not in ("", "0", "false", "no")
+
+
+def log_level() -> int | None:
+    """The level that `AFBS_LOG` asks for, or None.
+
+    Raises:
+        ValueError: `AFBS_LOG` is no level.
+    """
+    level = os.environ.get("AFBS_LOG", "").lower()
+    if not level:
+        return None
+    if level not in LOG_LEVELS:
+        raise ValueError(f"AFBS_LOG is {level!r}; set it to one of {', '.join(LOG_LEVELS)}")
+    return logging.getLevelNamesMapping()[level.upper()]

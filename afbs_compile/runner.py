@@ -1,0 +1,177 @@
+"""What runs instead of the compiled graph: hands it the policy that fits the call's lengths.
+
+A graph with symbolic sizes serves many lengths. Thresholds belong to a length bucket and a mask was
+classified at one size, so at a size not seen before the runner checks the masks again and looks the
+bucket's tuning up (or calibrates, with the call's own inputs). After that a call costs one
+dictionary look-up. Policies are inputs of the compiled graph: new values never recompile.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor
+from torch.fx import GraphModule
+
+from afbs_compile.calibrate import Problem
+from afbs_compile.kernels import policy_columns as col
+from afbs_compile.logs import warn
+from afbs_compile.options import Options
+from afbs_compile.passes.plan import MaskRule
+from afbs_compile.passes.rewrite import Site
+from afbs_compile.passes.sites import value
+from afbs_compile.policy import Policy, Tuning
+from afbs_compile.policy_tensor import to_tensor
+from afbs_compile.source import LOCK, Unusable, resolve
+
+Sizes = tuple[int, ...]
+RUNNERS: "weakref.WeakSet[Runner]" = weakref.WeakSet()
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """Symbolic sizes of a graph: where they come in, and what they make of a length.
+
+    Attributes:
+        positions: Places of the sizes among the graph's inputs.
+        symbols: Their sympy symbols, in the same order.
+        lengths: Key length of every site: an int or a sympy expression.
+    """
+
+    positions: tuple[int, ...]
+    symbols: tuple[Any, ...]
+    lengths: tuple[Any, ...]
+
+    @staticmethod
+    def of(inputs: Sequence[Any], sites: Sequence[Site]) -> "Shapes":
+        """Read them off the compile-time inputs and the sites' fake tensors."""
+        places = tuple(n for n, x in enumerate(inputs) if isinstance(x, SymInt))
+        symbols = tuple(inputs[n].node.expr for n in places)
+        sizes = [value(site.key).shape[2] for site in sites]
+        lengths = (s.node.expr if isinstance(s, SymInt) else s for s in sizes)
+        return Shapes(places, symbols, tuple(set(lengths)))
+
+    def sizes(self, args: Sequence[Any]) -> Sizes:
+        """The call's symbolic sizes."""
+        return tuple(args[n] for n in self.positions)
+
+    def length(self, sizes: Sizes) -> int:
+        """The longest key length of any site, in tokens."""
+        known = dict(zip(self.symbols, sizes, strict=True))
+        found = (n if isinstance(n, int) else int(n.xreplace(known)) for n in self.lengths)
+        return max(found)
+
+
+class Runner:
+    """A compiled graph with its policy; callable like the graph."""
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        key: str,
+        options: Options,
+        sites: Sequence[Site],
+        rules: Sequence[MaskRule],
+        inputs: Sequence[Any],
+    ) -> None:
+        """Describe the graph; `compiled` is set once there is something to run."""
+        self.gm, self.key, self.options = gm, key, options
+        self.sites, self.rules = list(sites), list(rules)
+        self.shapes = Shapes.of(inputs, sites)
+        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        self.place = {node: n for n, node in enumerate(placeholders)}
+        self.device = next(x.device for x in inputs if isinstance(x, Tensor))
+        self.compiled: Callable[..., Any] = gm.forward
+        self.dense: Callable[..., Any] = torch.compile(gm, dynamic=True)  # compiles when first used
+        self.policies: dict[Sizes, Tensor | None] = {}
+        self.given: Policy | None = None
+        RUNNERS.add(self)
+
+    def settle(self, tuning: Tuning, inputs: Sequence[Any]) -> None:
+        """Take the tuning at the compile-time sizes, before anything is compiled.
+
+        With fixed sizes, sites that stay dense are dropped. With symbolic ones they are kept, since
+        they may gain at another length.
+        """
+        gains = self.gains(tuning)
+        if not self.shapes.positions:
+            self.sites = gains
+        policy = self.tensor(tuning) if gains else None
+        self.policies[self.shapes.sizes(inputs)] = policy
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the graph; the arguments are those of Dynamo's graph."""
+        sizes = self.shapes.sizes(args)
+        policy = self.policies[sizes] if sizes in self.policies else self.prepare(sizes, args)
+        if policy is None:
+            return self.dense(*args)
+        return self.compiled(*args, policy)
+
+    def prepare(self, sizes: Sizes, args: Sequence[Any]) -> Tensor | None:
+        """The policy tensor for sizes not seen before; None if the call is better off dense."""
+        with LOCK:
+            if sizes not in self.policies:
+                self.policies[sizes] = self.find(sizes, args)
+            return self.policies[sizes]
+
+    def find(self, sizes: Sizes, args: Sequence[Any]) -> Tensor | None:
+        """Check the masks, then look the tuning up."""
+        length = self.shapes.length(sizes)
+        for rule in self.rules:
+            if not rule.holds([args[self.place[node]] for node in rule.program.sizes]):
+                warn(f"a mask changes its form at {length} tokens; such calls run dense")
+                return None
+        if length < self.options.min_length:
+            return self.all_dense()
+        try:
+            tuning = self.tuning(args, length)
+        except Unusable:
+            return None
+        return self.tensor(tuning) if self.gains(tuning) else None
+
+    def gains(self, tuning: Tuning) -> list[Site]:
+        """The sites that a tuning makes sparse."""
+        known = tuning.sites
+        return [s for s in self.sites if s.name in known and known[s.name].decision == "sparse"]
+
+    def tuning(self, args: Sequence[Any], length: int) -> Tuning:
+        """The tuning for a call."""
+        problem = Problem(self.gm, [list(args)], self.sites, self.options, length)
+        return resolve(problem, self.key, self.given)
+
+    def tensor(self, tuning: Tuning) -> Tensor:
+        """Policies of all sites, `[sites, Hmax, COLUMNS]`; a site without one is dense."""
+        stacked = self.all_dense().cpu()
+        for row, site in enumerate(self.sites):
+            if site.name in tuning.sites:
+                stacked[row, : site.heads] = to_tensor(tuning.sites[site.name])
+        return stacked.to(self.device)
+
+    def all_dense(self) -> Tensor:
+        """A policy under which every head keeps all that it sees."""
+        heads = max(site.heads for site in self.sites)
+        stacked = torch.zeros(len(self.sites), heads, col.COLUMNS)
+        stacked[..., col.MODE], stacked[..., col.TAU] = col.DENSE, 1.0
+        return stacked.to(self.device)
+
+    def use(self, policy: Policy | None) -> None:
+        """From the next call on take every threshold from `policy` (None: from the cache)."""
+        with LOCK:
+            self.given = policy
+            self.policies.clear()
+
+
+def use_policy(policy: Policy) -> int:
+    """Make every running graph of the policy's model use it from the next call on.
+
+    No graph is recompiled.
+
+    Returns:
+        How many graphs took it; 0 if no compiled model has the policy's key.
+    """
+    fitting = [runner for runner in list(RUNNERS) if runner.key == policy.model]
+    for runner in fitting:
+        runner.use(policy)
+    return len(fitting)

@@ -1,0 +1,148 @@
+"""Which tuning applies to a graph at a length? A given file, the cache, or a calibration now."""
+
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from afbs_compile import cache
+from afbs_compile.calibrate import Problem, calibrate, describe, tuning
+from afbs_compile.logs import warn
+from afbs_compile.options import Options
+from afbs_compile.passes.rewrite import Site
+from afbs_compile.policy import Policy, PolicyError, Tuning, bucket_of
+from afbs_compile.policy import Site as SitePolicy
+from afbs_compile.progress import Progress
+from afbs_compile.report import JOURNAL, CalibrationReport
+from afbs_compile.tuner.objective import Trace
+
+LOCK = threading.RLock()  # one calibration at a time: it saturates the device anyway
+
+
+class Unusable(ValueError):
+    """No tuning can be had; the message is the reason why sites stay dense."""
+
+
+def resolve(problem: Problem, key: str, given: Policy | None = None) -> Tuning:
+    """The tuning of a problem.
+
+    Args:
+        problem: Graph, inputs, sites and options.
+        key: The model's key.
+        given: A policy to use as it is.
+
+    Raises:
+        Unusable: Nothing fits, and nothing can be measured.
+    """
+    with LOCK:
+        if given is None and problem.options.policy is not None:
+            given = read_given(problem.options, key)
+        if given is not None:
+            return from_given(given, problem, key)
+        stored = cache.load(key, problem.options.cache_folder)
+        known = stored.find(bucket_of(problem.length), fingerprint(problem)) if stored else None
+        fitting = fitting_sites(known, problem.sites) if known else {}
+        if known and len(fitting) == len(problem.sites):
+            note("hit", key, problem, None, cache.path_of(key, problem.options.cache_folder))
+            return known
+        return measure_now(problem, key, stored, known, fitting)
+
+
+def read_given(options: Options, key: str) -> Policy:
+    """The policy file of `options={"policy": …}`."""
+    assert options.policy is not None
+    try:
+        policy = Policy.read(options.policy)
+    except PolicyError as error:
+        warn(f"{error}. The model runs dense.")
+        raise Unusable("the policy file cannot be used") from error
+    if policy.model != key:
+        warn(
+            f"{options.policy} is the policy of model {policy.model}, this is model {key}: the "
+            "weights differ. The model runs dense; make its own with `afbs tune`."
+        )
+        raise Unusable("the policy file is of another model")
+    return policy
+
+
+def from_given(policy: Policy, problem: Problem, key: str) -> Tuning:
+    """The tuning of a given policy for the problem's length; sites it lacks stay dense."""
+    found = policy.find_any(bucket_of(problem.length))
+    if found is None:
+        have = ", ".join(str(t.bucket) for t in policy.tunings) or "none"
+        raise Unusable(f"the policy has no tuning for {problem.length} tokens (buckets: {have})")
+    note("file", key, problem, None, problem.options.policy)
+    return replace(found, sites=fitting_sites(found, problem.sites))
+
+
+def measure_now(
+    problem: Problem,
+    key: str,
+    stored: Policy | None,
+    known: Tuning | None,
+    fitting: dict[str, SitePolicy],
+) -> Tuning:
+    """Calibrate the sites that nothing is known of, and keep what was found."""
+    missing = replace(problem, sites=[s for s in problem.sites if s.name not in fitting])
+    found: dict[str, SitePolicy] = {}
+    policy = stored or Policy(key, None)
+    folder = problem.options.cache_folder
+    try:
+        with Progress() as progress:
+            result = calibrate(missing, progress, found)
+    except KeyboardInterrupt:
+        if found:
+            part = tuning(missing, found, Trace(), 0.0)
+            cache.store(policy.with_tuning(merged(part, known, fitting)), folder)
+        raise
+    except (ValueError, torch.OutOfMemoryError) as error:
+        warn(f"calibration failed: {error}. The model runs dense.")
+        raise Unusable(f"calibration failed: {error}") from error
+    result = merged(result, known, fitting)
+    path = cache.store(policy.with_tuning(result), folder)
+    note("miss", key, problem, result, path)
+    return result
+
+
+def merged(new: Tuning, known: Tuning | None, fitting: dict[str, SitePolicy]) -> Tuning:
+    """A new tuning together with the sites that are still good of an older one."""
+    others = {n: s for n, s in known.sites.items() if n not in new.sites} if known else {}
+    complete = new.complete and (known is None or bool(fitting) or not others)
+    return replace(new, sites=others | fitting | new.sites, complete=complete)
+
+
+def fitting_sites(found: Tuning, sites: list[Site] | tuple[Site, ...]) -> dict[str, SitePolicy]:
+    """The sites of a tuning whose shape and mask are those of the graph's."""
+    return {
+        site.name: found.sites[site.name]
+        for site in sites
+        if site.name in found.sites and fits(found.sites[site.name], site)
+    }
+
+
+def fits(policy: SitePolicy, site: Site) -> bool:
+    """Was this policy made for such a site?"""
+    made_for = (len(policy.heads), policy.kv_heads, policy.head_dim, policy.mask)
+    return made_for == (site.heads, site.kv_heads, site.head_dim, describe(site))
+
+
+def fingerprint(problem: Problem) -> Mapping[str, float | str]:
+    """The options that the tuning must have been made with."""
+    return problem.options.tuning_fingerprint()
+
+
+def note(
+    origin: str, key: str, problem: Problem, made: Tuning | None, path: object | None
+) -> None:
+    """Write down where a tuning came from."""
+    JOURNAL.add_calibration(
+        CalibrationReport(
+            cache=origin,
+            model=key,
+            length=problem.length,
+            evaluations=made.evaluations if made else 0,
+            seconds=made.seconds if made else 0.0,
+            policy_path=str(path) if path else None,
+        )
+    )

@@ -1,0 +1,142 @@
+"""How does AFBS-BO tune? Bayesian optimisation at low fidelity, root finding at high fidelity.
+
+explore: Gaussian processes of log error and density over u, hyperparameters shared by the heads
+of a site; each head's next u maximises the log of the constrained expected improvement (Ament
+et al. 2023) of −(density + price·error), error ≤ margin·max_error.
+allocate: one price over the posterior curves of all sites gives each head its target.
+refine: safeguarded secant at high fidelity, started where the curve meets the target.
+validate: back-off on unseen inputs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from afbs_compile.tuner.acquisition import log_cei
+from afbs_compile.tuner.allocate import Allocation, allocate
+from afbs_compile.tuner.arrays import Floats
+from afbs_compile.tuner.backoff import back_off
+from afbs_compile.tuner.batched_gp import BatchedGP
+from afbs_compile.tuner.curves import GRID, Curves, non_decreasing, stacked
+from afbs_compile.tuner.objective import U_MAX, Evaluator, Fidelity, Measured
+from afbs_compile.tuner.rootfind import Root, solve
+from afbs_compile.tuner.strategy import Goal, Plan, SitePlan, Validated
+
+DESIGN = (0.4, 1.2, 2.4)  # u of the first calls
+JITTER = 0.1  # of the design, by the seed
+MAX_CALLS = 8  # of a site's evaluator in explore
+LEAST_GAIN = 1e-3  # of density: below it no call is worth its cost
+FLOOR = 1e-3  # of max_error: smaller errors are all alike
+FIRST_PRICE = 0.15  # divided by the budget; typical slopes of density and error (research)
+LARGEST_PRICE = 1e3
+AT = GRID[:, None] / U_MAX
+
+
+@dataclass(frozen=True, slots=True)
+class AfbsBo:
+    """Strategy `afbs-bo`."""
+
+    goal: Goal
+    low: Fidelity
+    high: Fidelity
+
+    def explore(self, evaluator: Evaluator, earlier: Sequence[Curves] = ()) -> Curves:
+        """Posterior curves of a site, from 4 to 8 calls at low fidelity."""
+        seen = _Seen(self.goal, self._price(earlier))
+        jitter = np.random.default_rng(self.goal.seed).uniform(-JITTER, JITTER, len(DESIGN))
+        for u in DESIGN + jitter:
+            point = np.full(evaluator.heads, u)
+            seen.add(point, evaluator(point, self.low))
+        for _ in range(MAX_CALLS - len(DESIGN)):
+            score = seen.score()
+            if np.all(score.max(1) < np.log(LEAST_GAIN)):
+                break
+            point = GRID[score.argmax(1)]
+            seen.add(point, evaluator(point, self.low))
+        return seen.curves()
+
+    def allocate(self, curves: Mapping[str, Curves]) -> Plan:
+        """Targets of one price for all heads of all sites, each ≤ margin·max_error."""
+        given = self._allocation(list(curves.values()))
+        start = np.where(given.dense, U_MAX, GRID[given.index])
+        ends = np.cumsum([site.heads for site in curves.values()])[:-1]
+        parts = zip(curves, np.split(given.error, ends), np.split(start, ends), strict=True)
+        return Plan({site: SitePlan(target, u) for site, target, u in parts}, given.price)
+
+    def refine(self, evaluator: Evaluator, target: Floats, start: Floats) -> Root:
+        """Secant from the curve's u; a head that is to be dense is measured at U_MAX only."""
+        return solve(
+            lambda u: evaluator(u, self.high),
+            target,
+            start=start,
+            lo=np.where(target > 0.0, 0.0, U_MAX),
+        )
+
+    def validate(self, evaluator: Evaluator, u: Floats, cap: Floats | float) -> Validated:
+        """Back off where an unseen input exceeds the cap."""
+        return back_off(evaluator, u, cap, self.high)
+
+    def _allocation(self, curves: Sequence[Curves]) -> Allocation:
+        error, density = stacked(curves)
+        return allocate(error, density, self.goal.cap, self.goal.mean_error)
+
+    def _price(self, earlier: Sequence[Curves] = ()) -> float:
+        """What the earlier sites' budget makes of the price; without any, a typical one."""
+        if self.goal.mean_error is None:
+            return 0.0
+        if not earlier:
+            return FIRST_PRICE / self.goal.budget
+        return min(self._allocation(earlier).price, LARGEST_PRICE)
+
+
+@dataclass(slots=True, eq=False)
+class _Seen:
+    """Evaluations of one site so far, and what Gaussian processes make of them."""
+
+    goal: Goal
+    price: float
+    u: list[Floats] = field(default_factory=list)
+    error: list[Floats] = field(default_factory=list)
+    density: list[Floats] = field(default_factory=list)
+    log_error_gp: BatchedGP = field(default_factory=BatchedGP)
+    density_gp: BatchedGP = field(default_factory=BatchedGP)
+
+    def add(self, u: Floats, measured: Measured) -> None:
+        """Learn what was measured at u [H]."""
+        self.u.append(u)
+        self.error.append(measured.error)
+        self.density.append(measured.density)
+
+    def fit(self) -> tuple[Floats, Floats, Floats, Floats]:
+        """Mean and variance of log error, then of density, on the grid [H, U]."""
+        x = np.stack(self.u, axis=1)[..., None] / U_MAX
+        floor = FLOOR * self.goal.max_error
+        log_error = np.log(np.maximum(np.stack(self.error, axis=1), floor))
+        density = np.stack(self.density, axis=1)
+        return (
+            *self.log_error_gp.fit(x, log_error).predict(AT),
+            *self.density_gp.fit(x, density).predict(AT),
+        )
+
+    def score(self) -> Floats:
+        """Log constrained expected improvement on the grid [H, U]."""
+        log_error, log_error_var, density, density_var = self.fit()
+        error = np.exp(log_error)  # and its variance to first order
+        mean = -(density + self.price * error)
+        var = density_var + self.price**2 * error**2 * log_error_var
+        errors, densities = np.stack(self.error, axis=1), np.stack(self.density, axis=1)
+        values = np.where(errors <= self.goal.cap, -(densities + self.price * errors), -np.inf)
+        best = values.max(1, keepdims=True)
+        return log_cei(mean, var, best, log_error, log_error_var, np.log(self.goal.cap))
+
+    def curves(self) -> Curves:
+        """Posterior means, made monotone."""
+        log_error, log_error_var, density, density_var = self.fit()
+        return Curves(
+            u=GRID,
+            error=np.exp(-non_decreasing(-log_error)),
+            density=np.clip(non_decreasing(density), 0.0, 1.0),
+            log_error_std=np.sqrt(log_error_var),
+            density_std=np.sqrt(density_var),
+        )

@@ -1,0 +1,11 @@
+"""What are the arrays of the tuner called? Two aliases; shapes stand in the docstrings."""
+
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats: TypeAlias = NDArray[np.float64]
+Bools: TypeAlias = NDArray[np.bool_]
+Ints: TypeAlias = NDArray[np.int64]
+Json: TypeAlias = dict[str, Any]

@@ -1,0 +1,97 @@
+"""What is a strategy? Four phases, so that a caller can hold one site's tensors at a time."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from afbs_compile.tuner.arrays import Bools, Floats
+from afbs_compile.tuner.curves import Curves
+from afbs_compile.tuner.objective import Evaluator, Fidelity, Measured
+from afbs_compile.tuner.rootfind import Root
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What a policy must hold.
+
+    Attributes:
+        max_error: largest relative L1 error of a head, ≥ 0; 0 makes everything dense.
+        mean_error: largest mean of the errors over all heads of all sites; None: any.
+        margin: share of max_error that the search itself allows; the rest is for unseen inputs.
+        seed: of everything random.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    max_error: float
+    mean_error: float | None = None
+    margin: float = 0.9
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.max_error < math.inf:
+            raise ValueError(f"max_error must be finite and ≥ 0, got {self.max_error}")
+        if self.mean_error is not None and not self.mean_error >= 0.0:
+            raise ValueError(f"mean_error must be ≥ 0 or None, got {self.mean_error}")
+        if not 0.0 < self.margin <= 1.0:
+            raise ValueError(f"margin must lie in (0, 1], got {self.margin}")
+
+    @property
+    def cap(self) -> float:
+        """Largest error of a head that the search allows."""
+        return self.margin * self.max_error
+
+    @property
+    def budget(self) -> float:
+        """Largest mean error that can matter: no head goes beyond the cap."""
+        return self.cap if self.mean_error is None else min(self.cap, self.mean_error)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SitePlan:
+    """What the heads of a site should reach: target error [H] (0: dense), start u [H]."""
+
+    target: Floats
+    start: Floats
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """What all sites should reach; price is the density that one unit of error is worth."""
+
+    sites: Mapping[str, SitePlan]
+    price: float | None = None
+
+
+class Validated(NamedTuple):
+    """Thresholds [H] after validation, what was measured there, and heads to make dense [H]."""
+
+    u: Floats
+    measured: Measured
+    dense: Bools
+
+
+class Strategy(Protocol):
+    """A way to find thresholds; it knows its goal and its fidelities."""
+
+    def explore(self, evaluator: Evaluator, earlier: Sequence[Curves] = ()) -> Curves:
+        """What can be said of a site at low fidelity, after the curves of earlier sites."""
+        ...
+
+    def allocate(self, curves: Mapping[str, Curves]) -> Plan:
+        """The target of every head, out of the curves of all sites."""
+        ...
+
+    def refine(self, evaluator: Evaluator, target: Floats, start: Floats) -> Root:
+        """The least u of each head that meets its target at high fidelity."""
+        ...
+
+    def validate(self, evaluator: Evaluator, u: Floats, cap: Floats | float) -> Validated:
+        """Thresholds u [H], backed off until errors on unseen inputs are ≤ cap."""
+        ...
+
+
+Factory = Callable[[Goal, Fidelity, Fidelity], Strategy]
+"""Makes a strategy of a goal, a low and a high fidelity."""

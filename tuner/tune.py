@@ -1,0 +1,193 @@
+"""How are all sites of a model tuned? Explore each, allocate once, refine and validate each.
+
+On the inputs that were measured at high fidelity every head that is not dense has an error
+≤ max_error, and the mean over all heads (dense ones count 0) is ≤ mean_error.
+"""
+
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from afbs_compile.tuner.arrays import Bools, Floats
+from afbs_compile.tuner.curves import Curves
+from afbs_compile.tuner.objective import (
+    FULL,
+    U_MAX,
+    Evaluator,
+    Fidelity,
+    QueryBlocks,
+    Trace,
+    Traced,
+)
+from afbs_compile.tuner.strategies import strategy_of
+from afbs_compile.tuner.strategy import Goal, SitePlan, Strategy
+
+OnProgress = Callable[[int, int, str, str], None]
+"""Called after each step with (done, total, phase, site)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SiteResult:
+    """What was found for the H heads of a site.
+
+    Attributes:
+        u: thresholds [H]; U_MAX where dense.
+        dense: heads without sparsity [H].
+        error: worst error measured at u at high fidelity, validation included [H]; 0 where dense.
+        density: largest density measured there [H]; 1 where dense.
+    """
+
+    u: Floats
+    dense: Bools
+    error: Floats
+    density: Floats
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Result:
+    """What was found for all sites; price is None where a strategy has none."""
+
+    sites: dict[str, SiteResult]
+    price: float | None
+    trace: Trace
+
+    @property
+    def mean_error(self) -> float:
+        """Over all heads of all sites."""
+        return float(np.concatenate([site.error for site in self.sites.values()]).mean())
+
+    @property
+    def mean_density(self) -> float:
+        """Over all heads of all sites."""
+        return float(np.concatenate([site.density for site in self.sites.values()]).mean())
+
+
+def tune(
+    evaluators: Mapping[str, Evaluator],
+    goal: Goal,
+    strategy: str = "afbs-bo",
+    *,
+    low: Fidelity = QueryBlocks(1 / 8),  # noqa: B008
+    high: Fidelity = FULL,
+    validation: Mapping[str, Evaluator] | None = None,
+    on_progress: OnProgress | None = None,
+    trace: Trace | None = None,
+    found: MutableMapping[str, SiteResult] | None = None,
+) -> Result:
+    """Thresholds of all heads of all sites.
+
+    Args:
+        evaluators: of each site; each is looked up twice, in order, so that a mapping may make
+            it when asked and hold one site's tensors at a time.
+        goal: what must hold.
+        strategy: a name of `strategies.STRATEGIES`.
+        low: fidelity of the exploration.
+        high: fidelity of everything else.
+        validation: evaluators of every site on unseen inputs.
+        on_progress: called after each step.
+        trace: where evaluations are written, if somebody wants to watch.
+        found: takes each site's result at once: what it holds outlives an interrupt.
+
+    Raises:
+        ValueError: an unknown strategy, no site, or one without validation; an evaluator that
+            measures nonsense (a note names the site).
+    """
+    run = _Run(
+        goal,
+        strategy_of(strategy, goal, low, high),
+        high,
+        _validation(evaluators, validation),
+        Trace() if trace is None else trace,
+        _Progress(2 * len(evaluators), on_progress),
+    )
+    return run.all_sites(evaluators, {} if found is None else found)
+
+
+def _validation(
+    evaluators: Mapping[str, Evaluator], validation: Mapping[str, Evaluator] | None
+) -> Mapping[str, Evaluator]:
+    if not evaluators:
+        raise ValueError("no site to tune: evaluators is empty")
+    if validation is None:
+        return {}
+    if missing := set(evaluators) - set(validation):
+        raise ValueError(f"validation lacks the sites {', '.join(sorted(missing))}")
+    return validation
+
+
+def _dense(heads: int) -> SiteResult:
+    return SiteResult(
+        np.full(heads, U_MAX), np.ones(heads, dtype=bool), np.zeros(heads), np.ones(heads)
+    )
+
+
+@dataclass(slots=True)
+class _Progress:
+    total: int
+    on_progress: OnProgress | None
+    done: int = 0
+
+    def step(self, phase: str, site: str) -> None:
+        self.done += 1
+        if self.on_progress is not None:
+            self.on_progress(self.done, self.total, phase, site)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One search: what its phases share."""
+
+    goal: Goal
+    strategy: Strategy
+    high: Fidelity
+    validation: Mapping[str, Evaluator]
+    trace: Trace
+    progress: _Progress
+
+    def all_sites(
+        self, evaluators: Mapping[str, Evaluator], found: MutableMapping[str, SiteResult]
+    ) -> Result:
+        if self.goal.budget == 0.0:
+            found.update({site: _dense(evaluators[site].heads) for site in evaluators})
+            return Result({site: found[site] for site in evaluators}, None, self.trace)
+        curves: dict[str, Curves] = {}
+        for site in evaluators:
+            curves[site] = self.explore(site, evaluators[site], list(curves.values()))
+        plan = self.strategy.allocate(curves)
+        for site in evaluators:
+            found[site] = self.finish(site, evaluators[site], plan.sites[site])
+        return Result({site: found[site] for site in evaluators}, plan.price, self.trace)
+
+    def explore(self, site: str, evaluator: Evaluator, earlier: list[Curves]) -> Curves:
+        curves = self.strategy.explore(Traced(evaluator, self.trace, site, "explore"), earlier)
+        self.progress.step("explore", site)
+        return curves
+
+    def finish(self, site: str, evaluator: Evaluator, plan: SitePlan) -> SiteResult:
+        root = self.strategy.refine(
+            Traced(evaluator, self.trace, site, "refine"), plan.target, plan.start
+        )
+        result = SiteResult(root.u, ~root.feasible, root.error, root.density)
+        if site in self.validation:
+            result = self.validate(site, evaluator, result)
+        self.progress.step("refine", site)
+        return SiteResult(
+            np.where(result.dense, U_MAX, result.u),
+            result.dense,
+            np.where(result.dense, 0.0, result.error),
+            np.where(result.dense, 1.0, result.density),
+        )
+
+    def validate(self, site: str, evaluator: Evaluator, before: SiteResult) -> SiteResult:
+        """Back off on unseen inputs, and measure again where thresholds moved."""
+        unseen = Traced(self.validation[site], self.trace, site, "validate")
+        cap = np.where(before.dense, np.inf, self.goal.max_error)
+        u, measured, failed = self.strategy.validate(unseen, before.u, cap)
+        error, density = before.error, before.density
+        if np.any(u != before.u):
+            again = Traced(evaluator, self.trace, site, "remeasure")(u, self.high)
+            error, density = again.error, again.density
+        error = np.maximum(error, measured.error)
+        dense = before.dense | failed | (error > self.goal.max_error)
+        return SiteResult(u, dense, error, np.maximum(density, measured.density))
