@@ -25,10 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = run(args)
     except (CommandError, PolicyError) as error:
-        print(f"afbs {args.command}: {error}", file=sys.stderr)
+        sys.stderr.write(f"afbs {args.command}: {error}\n")
         return 1
     except KeyboardInterrupt:
-        print(f"afbs {args.command}: interrupted", file=sys.stderr)
+        sys.stderr.write(f"afbs {args.command}: interrupted\n")
         return INTERRUPTED
     return code
 

@@ -37,7 +37,7 @@ def draw(tuning: Tuning, path: Path, title: str) -> None:
     if not table.size:
         raise ValueError("the tuning has no sites, so there is nothing to draw")
     layers, heads = table.shape
-    figure = Figure(figsize=(2.5 + 0.3 * heads, 1.5 + 0.2 * layers), layout="constrained")
+    figure = Figure(figsize=(3 + 0.3 * heads, max(3, 1.5 + 0.2 * layers)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(table, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axes.set(xlabel="head", ylabel="attention site", title=title)

@@ -2,13 +2,15 @@
 
 | device | selection | attention | blocks |
 |---|---|---|---|
-| CPU | plain torch | compiled FlexAttention | 64 × 64 |
+| CPU | compiled torch | compiled FlexAttention | 64 × 64 |
 | CUDA with Triton | Triton | Triton | 128 × 64 |
 Calls shorter than `min_length` go to SDPA: there is nothing to win. The choice depends on sizes
 and device only, which the host knows: no synchronisation.
 """
 
 import math
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch import Tensor
 from afbs_compile.kernels import flex, selection
 from afbs_compile.kernels.geometry import Mask, token_visible
 from afbs_compile.kernels.policy_columns import COLUMNS
+from afbs_compile.kernels.scores import sub_scores
 
 HEAD_DIMS = range(32, 257)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -78,11 +81,18 @@ def attention(
             block_m=block_m, block_n=block_n,
         )[0]  # fmt: skip
     counts, indices = selection.select(
-        q, k, policy, mask=mask, scale=scale, selector=selector, block_m=block_m, block_n=block_n
-    )
+        q, k, policy, mask=mask, scale=scale, selector=selector,
+        block_m=block_m, block_n=block_n, core=compiled_scores(),
+    )  # fmt: skip
     return flex.forward(
         q, k, v, counts, indices, policy, mask=mask, scale=scale, block_m=block_m, block_n=block_n
     )
+
+
+@cache
+def compiled_scores() -> Callable[..., Tensor]:
+    """`scores.sub_scores` fused by Inductor, once for all lengths."""
+    return torch.compile(sub_scores, dynamic=True, fullgraph=True)
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float) -> Tensor:

@@ -9,6 +9,7 @@ theta. Pooling is in fp32; scores are `[B, Hq, NQ, NK]` and sum to 1 over the vi
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from afbs_compile.kernels.geometry import Blocks, Mask, site_visible
 
 SUB_BLOCK = {"sub8": 8, "sub4": 4}
 SELECTORS = (*SUB_BLOCK, "mean")
+NOWHERE = 1 << 30  # a position that no mask reaches
 CHUNK_ELEMENTS = 1 << 24  # sub-block scores held at once; bounds memory at long lengths
 
 
@@ -31,6 +33,7 @@ def block_scores(
     selector: str,
     block_m: int,
     block_n: int,
+    core: Callable[..., Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores of all key blocks for all query blocks.
 
@@ -43,6 +46,7 @@ def block_scores(
         selector: One of `SELECTORS`.
         block_m: Query block, tokens.
         block_n: Key block, tokens.
+        core: Runs instead of `sub_scores`, such as a compiled one.
 
     Returns:
         `scores` float32 `[B, Hq, NQ, NK]` and `gated` bool of the same shape: blocks that the
@@ -57,43 +61,82 @@ def block_scores(
         raise ValueError(f"unknown selector {selector!r}: use one of {', '.join(SELECTORS)}")
     size = SUB_BLOCK[selector]
     rows = max(1, CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * block_m * k.shape[2] // size**2))
-    kp = pool(k, size)
+    keys = pooled_keys(k, policy, size, block_n)
     starts = range(0, q.shape[2], rows * block_m)
-    parts = [
-        sub_scores(q[:, :, s : s + rows * block_m], s, kp, k.shape[2], policy,
-                   mask=mask, scale=scale, size=size, block_m=block_m, block_n=block_n)
-        for s in starts
-    ]  # fmt: skip
+    parts = []
+    for start in starts:
+        queries = pooled_queries(q[:, :, start : start + rows * block_m], start, mask, size, block_m)
+        groups = (k.shape[1], q.shape[1] // k.shape[1])
+        mass = (core or sub_scores)(*queries, *keys, scale, groups, block_m // size, block_n // size)
+        parts.append(mass.flatten(1, 2))
     scores = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
     return scores, torch.zeros((), dtype=torch.bool, device=q.device).expand(scores.shape)
 
 
+def pooled_queries(
+    q: Tensor, start: int, mask: Mask, size: int, block_m: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sub-block means of the rows from `start` on, and the keys that each may see.
+
+    Returns:
+        `[B, Hq, NS, D]`, and first and last visible key position `[NS]`; NS is filled up to whole
+        blocks with sub-rows that see nothing.
+    """
+    sub = Blocks.of(q.shape[2], size, q.device)
+    low, high = mask.spans(sub.first + start, sub.last + start)
+    short = -len(sub) % (block_m // size)
+    pooled = torch.nn.functional.pad(pool(q, size), (0, 0, 0, short))
+    low, high = (torch.nn.functional.pad(t, (0, short), value=-NOWHERE) for t in (low, high))
+    return pooled, low, high
+
+
+def pooled_keys(
+    k: Tensor, policy: Tensor, size: int, block_n: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sub-block means of the keys, and what masks and weights them.
+
+    Returns:
+        `[B, Hkv, NS, D]`; first and last token `[NS]`; log weight `[NS]` (a short sub-block counts
+        for the tokens that it has); sink of every head in tokens `[Hq]`. NS is filled up to whole
+        blocks with sub-blocks that nobody sees.
+    """
+    sub = Blocks.of(k.shape[2], size, k.device)
+    short = -len(sub) % (block_n // size)
+    weight = torch.log((sub.last - sub.first + 1).float() / size)
+    pad = torch.nn.functional.pad
+    return (
+        pad(pool(k, size), (0, 0, 0, short)),
+        pad(sub.first, (0, short), value=NOWHERE),
+        pad(sub.last, (0, short), value=-NOWHERE),
+        pad(weight, (0, short)),
+        sink_tokens(policy, block_n),
+    )
+
+
 def sub_scores(
-    q: Tensor,
-    start: int,
+    qp: Tensor,
+    low: Tensor,
+    high: Tensor,
     kp: Tensor,
-    length_k: int,
-    policy: Tensor,
-    *,
-    mask: Mask,
+    first: Tensor,
+    last: Tensor,
+    weight: Tensor,
+    sink: Tensor,
     scale: float,
-    size: int,
-    block_m: int,
-    block_n: int,
+    groups: tuple[int, int],
+    sub_m: int,
+    sub_n: int,
 ) -> Tensor:
-    """Scores `[B, Hq, NQ', NK]` of the query rows `q`, whose first row is number `start`."""
-    batch, heads, length_q, dim = q.shape
-    qs, ks = Blocks.of(length_q, size, q.device), Blocks.of(length_k, size, q.device)
-    shifted = Mask(mask.causal, mask.offset + start, mask.window)
-    tokens = (ks.last - ks.first + 1).float()
-    qp = pool(q, size).view(batch, kp.shape[1], -1, len(qs), dim)
-    x = qp @ kp.transpose(-1, -2)[:, :, None] * scale + torch.log(tokens / size)
-    sink = sink_tokens(policy, block_n).view(kp.shape[1], -1, 1, 1)
-    seen = site_visible(shifted, qs, ks) & (ks.first >= sink)
-    p = masked_softmax(x, seen)
-    mass = fold(p, block_n // size)
-    square = fold((mass * mass).transpose(-1, -2), block_m // size).transpose(-1, -2)
-    return normalise(square.sqrt().reshape(batch, heads, square.shape[-2], square.shape[-1]))
+    """Scores `[B, Hkv, G, NQ, NK]` from what `pooled_queries` and `pooled_keys` return.
+
+    `groups` is `(Hkv, G)`; `sub_m` and `sub_n` are sub-blocks in a query and in a key block.
+    """
+    x = qp.unflatten(1, groups) @ kp.transpose(-1, -2)[:, :, None] * scale + weight
+    seen = (first <= high[:, None]) & (last >= low[:, None])
+    seen = seen & (first >= sink.view(*groups, 1, 1))
+    mass = masked_softmax(x, seen).unflatten(-1, (-1, sub_n)).sum(-1)
+    square = (mass * mass).unflatten(-2, (-1, sub_m)).sum(-2)
+    return normalise(square.sqrt())
 
 
 def mean_scores(
@@ -150,14 +193,6 @@ def masked_softmax(x: Tensor, seen: Tensor) -> Tensor:
     top = x.amax(-1, keepdim=True).clamp(min=-1e30)
     e = torch.exp(x - top)
     return e / e.sum(-1, keepdim=True).clamp(min=1e-30)
-
-
-def fold(x: Tensor, group: int) -> Tensor:
-    """Sums over groups of `group` along the last axis; the last group may be short."""
-    short = -x.shape[-1] % group
-    if short:
-        x = torch.nn.functional.pad(x, (0, short))
-    return x.unflatten(-1, (-1, group)).sum(-1)
 
 
 def normalise(scores: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ forced: the sink, the diagonal and the `neighbours` blocks before it. Mean pooli
 sink's mass and misses the block before the diagonal, which the first rows of a block need.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ def select(
     selector: str,
     block_m: int,
     block_n: int,
+    core: Callable[..., Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Block lists of one attention call.
 
@@ -37,13 +40,15 @@ def select(
         selector: `sub8`, `sub4` or `mean`.
         block_m: Query block, tokens.
         block_n: Key block, tokens.
+        core: Runs instead of `scores.sub_scores`, such as a compiled one.
 
     Returns:
         `counts` int32 `[B, Hq, NQ]` and `indices` int32 `[B, Hq, NQ, NK]` (see `kernels.lists`).
     """
     scores, gated = block_scores(
-        q, k, policy, mask=mask, scale=scale, selector=selector, block_m=block_m, block_n=block_n
-    )
+        q, k, policy, mask=mask, scale=scale, selector=selector,
+        block_m=block_m, block_n=block_n, core=core,
+    )  # fmt: skip
     qb, kb = Blocks.of(q.shape[2], block_m, q.device), Blocks.of(k.shape[2], block_n, q.device)
     visible = head_visible(mask, policy, qb, kb)
     forced = forced_blocks(mask, policy, qb, kb, block_n) | gated

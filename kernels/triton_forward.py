@@ -52,23 +52,23 @@ def forward_kernel(
     stride_vb, stride_vh, stride_vl, stride_ob, stride_oh, stride_ol,
     heads, group, length_q, length_k, blocks_q, blocks_k, offset, window,
     D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TILE_N: tl.constexpr, CAUSAL: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Output and lse of one query block of one head."""
+    """Output and lse of `TILE_M` queries of one head; all of them lie in one query block."""
+    tiles = tl.cdiv(length_q, TILE_M)
     pid = tl.program_id(0)
-    block_m = blocks_q - 1 - pid % blocks_q  # the longest rows of a causal head start first
-    b = (pid // blocks_q // heads).to(tl.int64)
-    h = (pid // blocks_q % heads).to(tl.int64)
-    row = (b * heads + h) * blocks_q + block_m
+    b = (pid // tiles // heads).to(tl.int64)
+    h = (pid // tiles % heads).to(tl.int64)
+    first = (tiles - 1 - pid % tiles) * TILE_M  # the longest rows of a causal head start first
+    last = tl.minimum(first + TILE_M, length_q) - 1
+    row = (b * heads + h) * blocks_q + first // BLOCK_M
 
     # the keys that each row may see: low <= n <= high, and (near <= n or n < sink)
-    first = block_m * BLOCK_M
-    last = tl.minimum(first + BLOCK_M, length_q) - 1
     windowed = tl.load(POLICY + h * COLUMNS + MODE) == WINDOWED
     own_window = tl.load(POLICY + h * COLUMNS + WINDOW).to(tl.int32)
     reach = tl.where(windowed, own_window, NO_WINDOW)
     sink = tl.load(POLICY + h * COLUMNS + SINK).to(tl.int32)
-    i = first + tl.arange(0, BLOCK_M)
+    i = first + tl.arange(0, TILE_M)
     low = i + offset - window + 1
     near = i + offset - reach + 1
     high = i * 0 + length_k - 1
@@ -85,15 +85,15 @@ def forward_kernel(
     q = tl.load(q_rows + d[None, :], mask=q_mask, other=0.0)
     k_head = K + b * stride_kb + h // group * stride_kh
     v_head = V + b * stride_vb + h // group * stride_vh
-    total = tl.zeros([BLOCK_M], tl.float32)
-    top = tl.full([BLOCK_M], LOWEST, tl.float32)
-    acc = tl.zeros([BLOCK_M, D_PADDED], tl.float32)
+    total = tl.zeros([TILE_M], tl.float32)
+    top = tl.full([TILE_M], LOWEST, tl.float32)
+    acc = tl.zeros([TILE_M, D_PADDED], tl.float32)
 
-    TILES: tl.constexpr = BLOCK_N // TILE_N
-    for t in range(0, tl.load(COUNTS + row) * TILES):
-        start = tl.load(INDICES + row * blocks_k + t // TILES) * BLOCK_N + t % TILES * TILE_N
+    PARTS: tl.constexpr = BLOCK_N // TILE_N
+    for t in range(0, tl.load(COUNTS + row) * PARTS):
+        start = tl.load(INDICES + row * blocks_k + t // PARTS) * BLOCK_N + t % PARTS * TILE_N
         n = start + tl.arange(0, TILE_N)
-        # a key that no row of the block sees is never read: its NaN could leak through 0 * NaN
+        # a key that no row of the tile sees is never read: its NaN could leak through 0 * NaN
         inside = (n >= first + offset - reach + 1) | (n < sink)
         wanted = (n >= first + offset - window + 1) & (n <= last_high) & inside
         kv_mask = wanted[:, None] & (d < D)[None, :]
@@ -110,7 +110,8 @@ def forward_kernel(
         total, top, acc = softmax_step(s, v, total, top, acc, scale_log2)
 
     empty = total == 0.0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    total = tl.where(empty, 1.0, total)
+    acc = acc / total[:, None]
     lse = tl.where(empty, -float("inf"), (top + tl.log2(total)) * LN2)
     tl.store(LSE + (b * heads + h) * length_q + i, lse, mask=i < length_q)
     o_rows = O + b * stride_ob + h * stride_oh + i.to(tl.int64)[:, None] * stride_ol
@@ -119,28 +120,33 @@ def forward_kernel(
 
 def tiling(
     head_dim: int, itemsize: int, block_m: int, block_n: int, shared_bytes: int
-) -> tuple[int, int, int]:
-    """Keys per tile, warps and pipeline stages.
+) -> tuple[int, int, int, int]:
+    """Queries and keys per tile, warps, pipeline stages.
+
+    fp32 runs on the FMA units, whose operands stay in registers: it takes smaller tiles.
 
     Args:
         head_dim: Head dimension, padded to a power of two.
         itemsize: Bytes of one element of q, k and v.
-        block_m: Query block, tokens.
+        block_m: Query block, tokens; the tile divides it.
         block_n: Key block, tokens; the tile divides it.
         shared_bytes: Shared memory that one program may use.
 
     Returns:
-        `(tile_n, num_warps, num_stages)`: the largest tile of which two stages fit and, for fp32,
-        whose operands stay in the registers (fp32 runs on the FMA units).
+        `(tile_m, tile_n, num_warps, num_stages)`: the largest tiles with which q takes a third of
+        the shared memory at most, and two stages of k and v fit into the rest.
     """
     exact = itemsize == 4
-    warps = 8 if exact or block_m >= 128 else 4
-    row_bytes = 2 * head_dim * itemsize  # of k and v
-    room = shared_bytes - block_m * head_dim * itemsize
+    row_bytes = head_dim * itemsize
+    tile_m = min(block_m, 64 if exact else 128)
+    while tile_m > 16 and 3 * tile_m * row_bytes > shared_bytes:
+        tile_m //= 2
+    room = shared_bytes - tile_m * row_bytes
     tile_n = min(block_n, 4096 // head_dim if exact else 128)
-    while tile_n > 16 and 2 * tile_n * row_bytes > room:
+    while tile_n > 16 and 4 * tile_n * row_bytes > room:
         tile_n //= 2
-    return tile_n, warps, max(1, min(3, room // (tile_n * row_bytes)))
+    stages = min(3, room // (2 * tile_n * row_bytes))
+    return tile_m, tile_n, 8 if exact or tile_m >= 128 else 4, stages
 
 
 def forward(
@@ -183,20 +189,20 @@ def forward(
     counts, indices, policy = counts.contiguous(), indices.contiguous(), policy.contiguous()
     batch, heads, length_q, head_dim = q.shape
     padded = max(16, triton.next_power_of_2(head_dim))
-    tile_n, warps, stages = tiling(
+    tile_m, tile_n, warps, stages = tiling(
         padded, q.element_size(), block_m, block_n, shared_memory_bytes(q.device)
     )
     o = torch.empty(batch, length_q, heads, head_dim, dtype=q.dtype, device=q.device)
     o = o.transpose(1, 2)
     lse = torch.empty(batch, heads, length_q, dtype=torch.float32, device=q.device)
-    blocks_q, blocks_k = indices.shape[-2:]
     with on_device(q):
-        forward_kernel[(batch * heads * blocks_q,)](
+        forward_kernel[(batch * heads * triton.cdiv(length_q, tile_m),)](
             q, k, v, o, lse, counts, indices, policy, scale * LOG2E,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
-            heads, heads // k.shape[1], length_q, k.shape[2], blocks_q, blocks_k,
+            heads, heads // k.shape[1], length_q, k.shape[2], *indices.shape[-2:],
             mask.offset, site_window(mask),
-            D=head_dim, D_PADDED=padded, BLOCK_M=block_m, BLOCK_N=block_n, TILE_N=tile_n,
-            CAUSAL=mask.causal, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+            D=head_dim, D_PADDED=padded, BLOCK_M=block_m, BLOCK_N=block_n, TILE_M=tile_m,
+            TILE_N=tile_n, CAUSAL=mask.causal,
+            num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
     return o.to(dtype), lse

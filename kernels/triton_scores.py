@@ -26,6 +26,7 @@ from afbs_compile.kernels.triton_common import (
     THETA,
     end_block,
     first_block,
+    shared_memory_bytes,
     site_window,
 )
 from afbs_compile.kernels.triton_pool import pool
@@ -141,20 +142,28 @@ def pooled_sizes(selector: str, block_m: int, block_n: int) -> tuple[int, int]:
     return (size, size) if size else (block_m, block_n)
 
 
-def tiling(head_dim: int, dtype: torch.dtype, fold_m: int, fold_n: int) -> tuple[int, int, int]:
+def tiling(
+    head_dim: int, dtype: torch.dtype, fold_m: int, fold_n: int, shared_bytes: int
+) -> tuple[int, int, int]:
     """Query sub-rows and key sub-blocks of a tile, and warps.
 
-    Two stages fit the 99 KiB of an sm_86; fp32 runs on the FMA units, whose operands would spill.
+    fp32 runs on the FMA units, whose operands stay in registers: it takes smaller tiles.
 
     Args:
         head_dim: Head dimension, padded to a power of two.
         dtype: Of q and k; the pooled means are fp32.
         fold_m: Sub-rows of a query block: a tile holds whole blocks.
         fold_n: Sub-blocks of a key block.
+        shared_bytes: Shared memory that one program may use, for q, two stages of k and scores.
     """
     exact = dtype == torch.float32
     rows = max(64 if head_dim <= 128 else 32, fold_m)
-    cols = max(min(64, 8192 // head_dim) // (2 if exact else 1), 16, fold_n)
+    cols = max(min(32, 4096 // head_dim) if exact else 64, fold_n)
+    while (
+        cols > max(16, fold_n)
+        and 4 * (rows * (head_dim + cols) + 2 * cols * head_dim) > shared_bytes
+    ):
+        cols //= 2
     return rows, cols, 8 if exact else 4
 
 
@@ -198,7 +207,9 @@ def block_scores(
     q_means, q_similarity = pool(q, size_m, cosine=gate)
     scores = torch.empty(batch, heads, blocks_q, blocks_k, dtype=torch.float32, device=q.device)
     padded = q_means.shape[-1]
-    rows, cols, warps = tiling(padded, q.dtype, block_m // size_m, block_n // size_n)
+    rows, cols, warps = tiling(
+        padded, q.dtype, block_m // size_m, block_n // size_n, shared_memory_bytes(q.device)
+    )
     tiles = triton.cdiv(triton.cdiv(length_q, size_m), rows)
     score_kernel[(batch * heads * tiles,)](
         q_means, k_means, k_similarity, policy, scores, scale * LOG2E,

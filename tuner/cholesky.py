@@ -14,8 +14,11 @@ def jittered_cholesky(gram: Floats) -> tuple[Floats, float]:
     A stack gets one jitter: the least of the ladder with which every matrix can be factored.
 
     Raises:
+        ValueError: entries that are not finite.
         numpy.linalg.LinAlgError: not positive definite even with 1e-4 of the mean diagonal.
     """
+    if not np.isfinite(gram).all():
+        raise ValueError("the Gram matrix is not finite: check the points and hyperparameters")
     scale = float(np.mean(np.diagonal(gram, axis1=-2, axis2=-1)))
     identity = np.eye(gram.shape[-1])
     for jitter in JITTERS:
@@ -26,7 +29,7 @@ def jittered_cholesky(gram: Floats) -> tuple[Floats, float]:
         return np.asarray(chol, dtype=np.float64), jitter * scale
     raise np.linalg.LinAlgError(
         f"Gram matrix {gram.shape} is not positive definite, even with a jitter of "
-        f"{JITTERS[-1] * scale:.3g}: check the points for values that are not finite"
+        f"{JITTERS[-1] * scale:.3g}: check the hyperparameters"
     )
 
 

@@ -16,8 +16,9 @@ from afbs_compile.tuner.arrays import Bools, Floats, Ints
 from afbs_compile.tuner.objective import U_MAX, Measured, expect_heads
 
 SLOPE = -1.6  # of log error over u, before a head has two measurements
-STEEPEST, FLATTEST = -20.0, -0.05  # slopes outside are steps or plateaus: no use to a secant
+SLOPES = (-20.0, -0.05)  # steps and plateaus count as the steepest and the flattest slope
 CLOSE = 1.0 + 1e-9  # a width within rounding of the tolerance has reached it
+PATIENCE = 2  # slow steps after which a head only bisects: its error runs in stairs
 MAX_CALLS = 16
 
 
@@ -62,6 +63,7 @@ class _Bracket:
     widths: Floats  # of the bracket before the last three calls [3, H]
     error: Floats  # at the right end
     density: Floats
+    slow_steps: Ints  # times that the secant did not halve the bracket
     done: Bools
 
     @classmethod
@@ -83,6 +85,7 @@ class _Bracket:
             widths=np.full((3, heads), np.inf),
             error=unknown,
             density=unknown,
+            slow_steps=np.zeros(heads, dtype=np.int64),
             done=no,
         )
 
@@ -190,8 +193,7 @@ def _update(state: _Bracket, u: Floats, measured: Measured, target: Floats) -> N
         from_left = (gap - state.left_gap) / (u - state.left)
         from_right = (gap - state.right_gap) / (u - state.right)
     slope = np.where(state.left_seen, from_left, from_right)
-    usable = (slope > STEEPEST) & (slope < FLATTEST)
-    state.slope = np.where(usable, slope, state.slope)
+    state.slope = np.where(np.isfinite(slope), np.clip(slope, *SLOPES), state.slope)
     state.widths = np.vstack([state.widths[1:], state.width])
     feasible = measured.error <= target
     right, left = feasible & ~state.done, ~feasible & ~state.done
@@ -225,7 +227,8 @@ def _next(state: _Bracket) -> Floats:
     end = (~state.left_seen & (probe == state.lo)) | (~state.right_seen & (probe == state.hi))
     bracketed = state.left_seen & state.right_seen
     slow = width > 0.5 * np.where(bracketed, state.widths[1], state.widths[0])
-    bisect = slow | ~(inside | end) | (width <= 2.0 * tolerance)
+    state.slow_steps = state.slow_steps + (slow & bracketed)
+    bisect = slow | (state.slow_steps >= PATIENCE) | ~(inside | end) | (width <= 2.0 * tolerance)
     return np.where(at_top, state.hi, np.where(bisect, middle, probe))
 
 

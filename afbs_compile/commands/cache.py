@@ -9,7 +9,7 @@ from rich.table import Table
 from afbs_compile import cache
 from afbs_compile.cache import Entry
 from afbs_compile.commands.errors import CommandError
-from afbs_compile.commands.output import console, emit_json, number
+from afbs_compile.commands.output import console, emit_json, emit_text, number
 
 
 def run(args: Namespace) -> int:
@@ -61,7 +61,7 @@ def path(args: Namespace) -> int:
     if args.json:
         emit_json({"path": folder})
     else:
-        print(folder)
+        emit_text(folder)
     return 0
 
 
@@ -74,8 +74,8 @@ def verify(args: Namespace) -> int:
         emit_json({"checked": len(entries), "problems": problems})
     else:
         for entry in bad:
-            print(entry.problem)
-        print(f"{len(entries)} checked, {len(bad)} cannot be used")
+            emit_text(f"{entry.key}: {entry.problem}")
+        emit_text(f"{len(entries)} checked, {len(bad)} cannot be used")
     return 1 if bad else 0
 
 
@@ -86,7 +86,7 @@ def rm(args: Namespace) -> int:
         emit_json({"removed": [str(file) for file in gone]})
     else:
         for file in gone:
-            print(f"removed {file}")
+            emit_text(f"removed {file}")
     return 0
 
 

@@ -13,6 +13,11 @@ def emit_json(result: Any) -> None:
     sys.stdout.write("\n")
 
 
+def emit_text(line: str) -> None:
+    """Print one line."""
+    sys.stdout.write(f"{line}\n")
+
+
 def console() -> Console:
     """What prints tables for people; not narrower than a table where no terminal is."""
     return Console(highlight=False) if sys.stdout.isatty() else Console(width=120)

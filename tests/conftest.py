@@ -1,0 +1,58 @@
+"""What all tests share: hypothesis profiles, the GPU rule, a private cache, poisoned memory."""
+
+import functools
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+SLOW_START = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+
+settings.register_profile("dev", max_examples=25, deadline=None, suppress_health_check=SLOW_START)
+settings.register_profile(
+    "ci", settings.get_profile("dev"), max_examples=50, derandomize=True, print_blob=True
+)
+settings.register_profile("gpu", settings.get_profile("dev"), max_examples=25)
+settings.register_profile("nightly", settings.get_profile("dev"), max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+torch.set_num_threads(2)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path, monkeypatch):
+    """Every test has a policy cache of its own and an environment that asks for nothing."""
+    monkeypatch.setenv("AFBS_CACHE_DIR", str(tmp_path / "afbs-cache"))
+    monkeypatch.delenv("AFBS_DISABLE", raising=False)
+    monkeypatch.delenv("AFBS_LOG", raising=False)
+    return tmp_path / "afbs-cache"
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch):
+    """`torch.empty` and `empty_like` give NaN, so output that nobody wrote is seen."""
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+def poisoned(make):
+    @functools.wraps(make)
+    def filled(*args, **kwargs):
+        tensor = make(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    return filled
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """Compile from nothing, and leave nothing compiled behind."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
