@@ -60,7 +60,8 @@ def block_scores(
     if selector not in SUB_BLOCK:
         raise ValueError(f"unknown selector {selector!r}: use one of {', '.join(SELECTORS)}")
     size = SUB_BLOCK[selector]
-    rows = max(1, CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * block_m * k.shape[2] // size**2))
+    one_row = q.shape[0] * q.shape[1] * (block_m // size) * -(-k.shape[2] // size)
+    rows = max(1, CHUNK_ELEMENTS // one_row)  # query blocks at once
     keys = pooled_keys(k, policy, size, block_n)
     starts = range(0, q.shape[2], rows * block_m)
     parts = []

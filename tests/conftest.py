@@ -20,6 +20,16 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 torch.set_num_threads(2)
 
 
+TORCH_ITSELF = (  # warnings of torch's own imports, in 2.13
+    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning",
+)
+
+
+def pytest_configure(config):
+    for line in TORCH_ITSELF:
+        config.addinivalue_line("filterwarnings", line)
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device here")

@@ -68,7 +68,7 @@ def test_a_bad_download_leaves_nothing(index, tmp_path, change, says):
 def test_folder_that_cannot_be_made(index, tmp_path):
     blocked = tmp_path / "a-file"
     blocked.write_text("")
-    with pytest.raises(CommandError, match="a-file.*AFBS_CACHE_DIR"):
+    with pytest.raises(CommandError, match=r"a-file.*AFBS_CACHE_DIR"):
         model.smollm2(blocked)
 
 
@@ -87,7 +87,7 @@ def test_local_folder(tiny_model):
 
 
 def test_folder_without_a_model(tmp_path):
-    with pytest.raises(CommandError, match="holds no config.json"):
+    with pytest.raises(CommandError, match=r"holds no config\.json"):
         model.from_folder(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CommandError, match="cannot be loaded"):

@@ -90,7 +90,7 @@ def test_runs_where_it_should():
     assert triton_common.interpreted() != GPU, "triton was imported before this module chose"
 
 
-@settings(max_examples=25 if GPU else 18)
+@settings(max_examples=25 if GPU else 14)
 @given(problem=problems())
 def test_agrees_with_the_oracle(problem, poisoned_empty):
     q, k, v, keep, policy, site = problem

@@ -1,0 +1,49 @@
+"""The registered op: schema, fake, strides, flops, and no autograd in silence."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import afbs_compile.kernels.op  # noqa: F401
+
+
+def arguments(policy_tensor, length=300, dtype=torch.float32, min_length=0):
+    q, k, v = (torch.randn(1, length, h, 32, dtype=dtype).transpose(1, 2) for h in (4, 2, 2))
+    policy = policy_tensor(4, tau=0.5, sink=64)
+    return q, k, v, policy, True, 0, 0, 32**-0.5, "sub8", min_length
+
+
+def test_opcheck(policy_tensor):
+    torch.library.opcheck(torch.ops.afbs.attention.default, arguments(policy_tensor))
+
+
+def test_fake_agrees_with_the_real_result(policy_tensor):
+    args = arguments(policy_tensor)
+    real = torch.ops.afbs.attention(*args)
+    with FakeTensorMode() as mode:
+        fake = torch.ops.afbs.attention(
+            *(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args)
+        )
+    assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+def test_short_calls_are_sdpa(policy_tensor):
+    args = arguments(policy_tensor, length=100, min_length=101)
+    q, k, v = args[:3]
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                                            enable_gqa=True)  # fmt: skip
+    torch.testing.assert_close(torch.ops.afbs.attention(*args), want)
+
+
+def test_flops_are_counted(policy_tensor):
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.afbs.attention(*arguments(policy_tensor))
+    assert counter.get_total_flops() >= 4 * 4 * 32 * 300 * 300 / 2
+
+
+def test_backward_is_an_error(policy_tensor):
+    q, *rest = arguments(policy_tensor)
+    out = torch.ops.afbs.attention(q.requires_grad_(), *rest)
+    with pytest.raises(RuntimeError, match="does not require grad|not implemented|autograd"):
+        out.sum().backward()
