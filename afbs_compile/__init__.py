@@ -1,3 +1,31 @@
-"""Block-sparse attention that tunes itself: `torch.compile(model, backend="afbs")`."""
+"""Block-sparse attention that tunes itself: `torch.compile(model, backend="afbs")`.
+
+`tune` makes a policy ahead of time, `use_policy` puts another one into running models, `explain`
+tells what became of every attention call. Importing this package loads neither torch nor triton.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from afbs_compile.ahead import tune
+    from afbs_compile.policy import Policy
+    from afbs_compile.report import explain
+    from afbs_compile.runner import use_policy
 
 __version__ = "0.1.0"
+__all__ = ["Policy", "explain", "tune", "use_policy"]
+
+HOMES = {
+    "Policy": "afbs_compile.policy",
+    "explain": "afbs_compile.report",
+    "tune": "afbs_compile.ahead",
+    "use_policy": "afbs_compile.runner",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first asked for."""
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(HOMES[name]), name)

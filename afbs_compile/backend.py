@@ -7,21 +7,18 @@ needed. Options: `afbs_compile.options.Options`; others are Inductor's.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
-import torch
-from torch import SymInt, Tensor
+from torch import SymInt
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 
 from afbs_compile import logs
 from afbs_compile.calibrate import describe
-from afbs_compile.identity import model_key
 from afbs_compile.options import Options, disabled, parse
 from afbs_compile.passes.plan import Plan, hint, plan
 from afbs_compile.passes.rewrite import Site, rewrite
-from afbs_compile.passes.sites import dotted
 from afbs_compile.policy import Tuning
 from afbs_compile.report import JOURNAL, SiteReport
 from afbs_compile.runner import Runner
@@ -79,58 +76,31 @@ def sparse(
     gm: GraphModule, example_inputs: Sequence[Any], options: Options, found: Plan
 ) -> Compiled:
     """Tune a graph that has sites, rewrite those that gain, compile."""
-    key = model_key(*identity(gm, example_inputs))
-    runner = Runner(gm, key, options, found.sites, found.rules, example_inputs)
+    runner = Runner(gm, options, found, example_inputs)
     inputs = [hint(x) if isinstance(x, SymInt) else x for x in example_inputs]
     length = runner.shapes.length(runner.shapes.sizes(inputs))
     if length >= options.min_length:
         try:
             tuning = runner.tuning(inputs, length)
+            JOURNAL.add_sites([site_report(site, tuning) for site in found.sites])
+            runner.settle(tuning, inputs)
         except Unusable as reason:
             JOURNAL.add_sites([SiteReport(s.name, "dense", str(reason)) for s in found.sites])
-            return inductor(gm, example_inputs, options)
-        JOURNAL.add_sites([site_report(site, tuning) for site in found.sites])
-        runner.settle(tuning, inputs)
-        if not runner.sites:
-            return inductor(gm, example_inputs, options)
+            runner.settle(None, inputs)
+    if not runner.sites:
+        return inductor(gm, example_inputs, options)
     policy = runner.all_dense()
     rewritten = rewrite(
         gm, runner.sites, policy, selector=options.selector, min_length=options.min_length
     )
-    LOGGER.info("%d of %d sites rewritten, model %s", len(runner.sites), len(found.sites), key)
+    LOGGER.info("%d of %d sites rewritten", len(runner.sites), len(found.sites))
     runner.compiled = inductor(rewritten, [*example_inputs, policy], options)
     return runner
 
 
 def inductor(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Compiled:
     """Inductor, with the user's options for it."""
-    compiled: Compiled = compile_fx(gm, list(example_inputs), config_patches=options.inductor)
-    return compiled
-
-
-def identity(
-    gm: GraphModule, example_inputs: Sequence[Any]
-) -> tuple[list[tuple[str, Tensor]], str]:
-    """What names the model of a graph: its weights, or its code if it has none."""
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    named = [
-        (dotted(source), x)
-        for node, x in zip(placeholders, example_inputs, strict=True)
-        if isinstance(x, Tensor) and is_weight(source := source_name(node), x)
-    ]
-    return named, "" if named else gm.code
-
-
-def is_weight(source: str, x: Tensor) -> bool:
-    """Does an input of the graph belong to the model rather than to the call?"""
-    return isinstance(x, torch.nn.Parameter) or "_buffers" in source
-
-
-def source_name(node: torch.fx.Node) -> str:
-    """Where Dynamo found an input, as text."""
-    source = getattr(node, "_dynamo_source", None)
-    name = getattr(source, "name", node.name)
-    return str(name() if callable(name) else name)
+    return cast(Compiled, compile_fx(gm, list(example_inputs), config_patches=options.inductor))
 
 
 def site_report(site: Site, tuning: Tuning) -> SiteReport:

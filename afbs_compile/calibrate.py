@@ -15,7 +15,7 @@ import torch
 from torch.fx import GraphModule
 
 from afbs_compile.capture import Stream, mask_at
-from afbs_compile.evaluators import DirectEvaluator, ProfileEvaluator, profiled
+from afbs_compile.evaluators import DirectEvaluator, profiled
 from afbs_compile.options import Options
 from afbs_compile.passes.rewrite import Site
 from afbs_compile.policy import Head, Tuning, bucket_of

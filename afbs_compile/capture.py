@@ -137,7 +137,9 @@ def is_weight(x: Tensor) -> bool:
 def written(node: Node) -> bool:
     """Does a user of the node change it in place (`x.add_()`, `x[...] = y`, `x += y`)?"""
     for user in node.users:
-        name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+        name = (
+            user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+        )
         in_place = name.endswith("_") and not name.endswith("__")
         if (in_place or name in ("setitem", "iadd", "imul", "isub")) and user.args[:1] == (node,):
             return True

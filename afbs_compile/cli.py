@@ -94,7 +94,10 @@ def add_demo(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--tokens", type=int, default=4096, help="tokens of a window (4096)")
     command.add_argument(
-        "--heatmap", type=Path, metavar="PNG", help="where the heat map goes (afbs-demo.png)"
+        "--heatmap",
+        type=Path,
+        metavar="PNG",
+        help="where the heat map goes (afbs-demo.png; none with --json)",
     )
     add_tuning(command)
 

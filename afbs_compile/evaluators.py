@@ -182,8 +182,8 @@ def parts(layer: Layer, fidelity: Fidelity) -> list[Layer]:
     length = layer.q.shape[2]
     if isinstance(fidelity, SequenceLength):
         size_q, size_k = (math.ceil(fidelity.fraction * t.shape[2]) for t in (layer.q, layer.k))
-        short = (t[:, :, :size_k] for t in (layer.k, layer.v))
-        return [Layer(layer.q[:, :, :size_q], *short, layer.mask, layer.scale)]
+        q, k, v = layer.q[:, :, :size_q], layer.k[:, :, :size_k], layer.v[:, :, :size_k]
+        return [Layer(q, k, v, layer.mask, layer.scale)]
     block_m, _ = dispatch.block_sizes(layer.q.device.type)
     starts = spread(-(-length // block_m), fidelity) * block_m
     return [rows_from(layer, int(start), block_m) for start in starts]

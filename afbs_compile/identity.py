@@ -104,7 +104,8 @@ def tile_sums(content: Tensor) -> Tensor:
     chunks = torch.split(content[:whole].view(-1, TILE), at_once) if whole else ()
     sums = [weighted(chunk, multipliers) for chunk in chunks]
     rest = content[whole:]
-    sums.append(weighted(rest[None], multipliers[:, : rest.numel()]))
+    if rest.numel() or not sums:
+        sums.append(weighted(rest[None], multipliers[:, : rest.numel()]))
     return torch.cat(sums)
 
 

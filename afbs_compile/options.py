@@ -16,7 +16,7 @@ from typing import Any, get_origin
 
 import platformdirs
 
-MEAN_ERROR_SHARE = 0.35  # of max_error: the mean over heads that tuning may spend by default
+MEAN_ERROR_SHARE = 0.275  # of max_error: the mean over heads that tuning may spend by default
 
 STRATEGIES = ("afbs-bo", "bisect")
 EVALUATORS = ("profile", "direct")

@@ -64,8 +64,7 @@ class Head:
         check(self.mode in MODES, "mode", self.mode, f"one of {', '.join(MODES)}")
         check(0 <= self.tau <= 1, "tau", self.tau, "a number from 0 to 1")
         check(-1 <= self.theta <= 1, "theta", self.theta, "a number from -1 to 1")
-        finite = self.lambda_ is None or math.isfinite(self.lambda_)
-        check(finite, "lambda_", self.lambda_, "null or a finite number")
+        check(math.isfinite(self.lambda_ or 0), "lambda_", self.lambda_, "null or a finite number")
         least = 1 if self.mode == "window" else 0
         check(self.window >= least, "window", self.window, f"at least {least} keys")
         check(self.sink >= 0, "sink", self.sink, "at least 0 tokens")
@@ -187,8 +186,8 @@ class Policy:
 
     def find(self, bucket: int, fingerprint: Mapping[str, float | str]) -> Tuning | None:
         """The tuning of this bucket made with these options, or None."""
-        fitting = [t for t in self.tunings if t.bucket == bucket and t.options == fingerprint]
-        return fitting[0] if fitting else None
+        fitting = (t for t in self.tunings if t.bucket == bucket and t.options == fingerprint)
+        return next(fitting, None)
 
     def find_any(self, bucket: int) -> Tuning | None:
         """The newest tuning of this bucket, complete ones first, or None."""
@@ -244,8 +243,8 @@ def unwrapped(document: Any) -> Any:
     if not isinstance(document, dict) or document.keys() != {"schema", "policy"}:
         raise strict_json.mismatch("", document, "an object with `schema` and `policy`")
     schema = document["schema"]
-    if type(schema) is int and schema > SCHEMA:
-        raise ValueError(f"schema is {schema}, this version reads {SCHEMA}: update afbs-compile")
-    if schema != SCHEMA or type(schema) is not int:
+    if type(schema) is not int or schema < SCHEMA:
         raise strict_json.mismatch("schema", schema, f"{SCHEMA}")
+    if schema > SCHEMA:
+        raise ValueError(f"schema is {schema}, this version reads {SCHEMA}: update afbs-compile")
     return document["policy"]

@@ -3,30 +3,35 @@
 A graph with symbolic sizes serves many lengths. Thresholds belong to a length bucket and a mask was
 classified at one size, so at a size not seen before the runner checks the masks again and looks the
 bucket's tuning up (or calibrates, with the call's own inputs). After that a call costs one
-dictionary look-up. Policies are inputs of the compiled graph: new values never recompile.
+dictionary look-up. Policies are inputs of the compiled graph: new values never recompile. Dynamo may
+hand the graph of one model to another of the same class, whose weights are inputs too; so a policy
+is looked up by the weights that the call brings.
 """
 
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import SymInt, Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from afbs_compile.calibrate import Problem
+from afbs_compile.identity import model_key
 from afbs_compile.kernels import policy_columns as col
 from afbs_compile.logs import warn
 from afbs_compile.options import Options
-from afbs_compile.passes.plan import MaskRule
+from afbs_compile.passes.plan import Plan
 from afbs_compile.passes.rewrite import Site
-from afbs_compile.passes.sites import value
+from afbs_compile.passes.sites import dotted, value
 from afbs_compile.policy import Policy, Tuning
 from afbs_compile.policy_tensor import to_tensor
 from afbs_compile.source import LOCK, Unusable, resolve
 
 Sizes = tuple[int, ...]
+Weights = tuple[int, ...]  # `id` of every weight
 RUNNERS: "weakref.WeakSet[Runner]" = weakref.WeakSet()
 
 
@@ -49,7 +54,7 @@ class Shapes:
         """Read them off the compile-time inputs and the sites' fake tensors."""
         places = tuple(n for n, x in enumerate(inputs) if isinstance(x, SymInt))
         symbols = tuple(inputs[n].node.expr for n in places)
-        sizes = [value(site.key).shape[2] for site in sites]
+        sizes: list[Any] = [value(site.key).shape[2] for site in sites]
         lengths = (s.node.expr if isinstance(s, SymInt) else s for s in sizes)
         return Shapes(places, symbols, tuple(set(lengths)))
 
@@ -65,56 +70,58 @@ class Shapes:
 
 
 class Runner:
-    """A compiled graph with its policy; callable like the graph."""
+    """A compiled graph with its policies; callable like the graph."""
 
     def __init__(
-        self,
-        gm: GraphModule,
-        key: str,
-        options: Options,
-        sites: Sequence[Site],
-        rules: Sequence[MaskRule],
-        inputs: Sequence[Any],
+        self, gm: GraphModule, options: Options, found: Plan, inputs: Sequence[Any]
     ) -> None:
         """Describe the graph; `compiled` is set once there is something to run."""
-        self.gm, self.key, self.options = gm, key, options
-        self.sites, self.rules = list(sites), list(rules)
-        self.shapes = Shapes.of(inputs, sites)
+        self.gm, self.options = gm, options
+        self.sites, self.rules = list(found.sites), found.rules
+        self.shapes = Shapes.of(inputs, found.sites)
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.place = {node: n for n, node in enumerate(placeholders)}
+        self.names = weight_names(gm, inputs)
         self.device = next(x.device for x in inputs if isinstance(x, Tensor))
         self.compiled: Callable[..., Any] = gm.forward
-        self.dense: Callable[..., Any] = torch.compile(gm, dynamic=True)  # compiles when first used
-        self.policies: dict[Sizes, Tensor | None] = {}
-        self.given: Policy | None = None
+        self.dense: Callable[..., Any] = torch.compile(
+            gm, dynamic=True
+        )  # compiles when first used
+        self.policies: dict[tuple[Weights, Sizes], Tensor | None] = {}
+        self.keys: dict[Weights, str] = {}
+        self.given: dict[str, Policy] = {}
         RUNNERS.add(self)
 
-    def settle(self, tuning: Tuning, inputs: Sequence[Any]) -> None:
-        """Take the tuning at the compile-time sizes, before anything is compiled.
+    def settle(self, tuning: Tuning | None, args: Sequence[Any]) -> None:
+        """Take the tuning at the compile-time sizes (None: none is to be had), before compiling.
 
         With fixed sizes, sites that stay dense are dropped. With symbolic ones they are kept, since
         they may gain at another length.
         """
-        gains = self.gains(tuning)
+        gains = self.gains(tuning) if tuning else []
         if not self.shapes.positions:
             self.sites = gains
-        policy = self.tensor(tuning) if gains else None
-        self.policies[self.shapes.sizes(inputs)] = policy
+        policy = self.tensor(tuning) if tuning and gains else None
+        self.policies[self.weights(args), self.shapes.sizes(args)] = policy
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph; the arguments are those of Dynamo's graph."""
-        sizes = self.shapes.sizes(args)
-        policy = self.policies[sizes] if sizes in self.policies else self.prepare(sizes, args)
+        call = self.weights(args), self.shapes.sizes(args)
+        policy = self.policies[call] if call in self.policies else self.prepare(call, args)
         if policy is None:
             return self.dense(*args)
         return self.compiled(*args, policy)
 
-    def prepare(self, sizes: Sizes, args: Sequence[Any]) -> Tensor | None:
-        """The policy tensor for sizes not seen before; None if the call is better off dense."""
+    def weights(self, args: Sequence[Any]) -> Weights:
+        """Which weights the call brings."""
+        return tuple([id(args[n]) for n in self.names])
+
+    def prepare(self, call: tuple[Weights, Sizes], args: Sequence[Any]) -> Tensor | None:
+        """The policy tensor for a call not seen before; None if it is better off dense."""
         with LOCK:
-            if sizes not in self.policies:
-                self.policies[sizes] = self.find(sizes, args)
-            return self.policies[sizes]
+            if call not in self.policies:
+                self.policies[call] = self.find(call[1], args)
+            return self.policies[call]
 
     def find(self, sizes: Sizes, args: Sequence[Any]) -> Tensor | None:
         """Check the masks, then look the tuning up."""
@@ -137,9 +144,24 @@ class Runner:
         return [s for s in self.sites if s.name in known and known[s.name].decision == "sparse"]
 
     def tuning(self, args: Sequence[Any], length: int) -> Tuning:
-        """The tuning for a call."""
+        """The tuning for a call.
+
+        Raises:
+            Unusable: None is to be had.
+        """
         problem = Problem(self.gm, [list(args)], self.sites, self.options, length)
-        return resolve(problem, self.key, self.given)
+        key = self.key(args)
+        return resolve(problem, key, self.given.get(key))
+
+    def key(self, args: Sequence[Any]) -> str:
+        """The key of the model whose weights the call brings; of the code if it has none."""
+        weights = self.weights(args)
+        if weights not in self.keys:
+            named = [(name, args[n]) for n, name in self.names.items()]
+            self.keys[weights] = model_key(named, "" if named else self.gm.code)
+            for _, weight in named:  # an id may be given out again once its tensor is gone
+                weakref.finalize(weight, partial(forget, weakref.ref(self), weights))
+        return self.keys[weights]
 
     def tensor(self, tuning: Tuning) -> Tensor:
         """Policies of all sites, `[sites, Hmax, COLUMNS]`; a site without one is dense."""
@@ -156,11 +178,36 @@ class Runner:
         stacked[..., col.MODE], stacked[..., col.TAU] = col.DENSE, 1.0
         return stacked.to(self.device)
 
-    def use(self, policy: Policy | None) -> None:
-        """From the next call on take every threshold from `policy` (None: from the cache)."""
+    def use(self, policy: Policy) -> None:
+        """From the next call on take the thresholds of the policy's model from it."""
         with LOCK:
-            self.given = policy
+            self.given[policy.model] = policy
             self.policies.clear()
+
+
+def forget(runner: "weakref.ref[Runner]", weights: Weights) -> None:
+    """Drop what a runner knows of weights that are gone."""
+    if alive := runner():
+        alive.keys.pop(weights, None)
+        for call in [c for c in list(alive.policies) if c[0] == weights]:
+            alive.policies.pop(call, None)
+
+
+def weight_names(gm: GraphModule, inputs: Sequence[Any]) -> dict[int, str]:
+    """Places and module paths of the inputs that belong to the model rather than to the call."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    sources = [source_name(node) for node in placeholders]
+    return {
+        n: dotted(source)
+        for n, (source, x) in enumerate(zip(sources, inputs, strict=True))
+        if isinstance(x, torch.nn.Parameter) or (isinstance(x, Tensor) and "_buffers" in source)
+    }
+
+
+def source_name(node: Node) -> str:
+    """Where Dynamo found an input, as text."""
+    name = getattr(getattr(node, "_dynamo_source", None), "name", node.name)
+    return str(name() if callable(name) else name)
 
 
 def use_policy(policy: Policy) -> int:
@@ -171,7 +218,7 @@ def use_policy(policy: Policy) -> int:
     Returns:
         How many graphs took it; 0 if no compiled model has the policy's key.
     """
-    fitting = [runner for runner in list(RUNNERS) if runner.key == policy.model]
+    fitting = [runner for runner in list(RUNNERS) if policy.model in runner.keys.values()]
     for runner in fitting:
         runner.use(policy)
     return len(fitting)

@@ -1,7 +1,7 @@
 """Which tuning applies to a graph at a length? A given file, the cache, or a calibration now."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -112,7 +112,7 @@ def merged(new: Tuning, known: Tuning | None, fitting: dict[str, SitePolicy]) ->
     return replace(new, sites=others | fitting | new.sites, complete=complete)
 
 
-def fitting_sites(found: Tuning, sites: list[Site] | tuple[Site, ...]) -> dict[str, SitePolicy]:
+def fitting_sites(found: Tuning, sites: Sequence[Site]) -> dict[str, SitePolicy]:
     """The sites of a tuning whose shape and mask are those of the graph's."""
     return {
         site.name: found.sites[site.name]

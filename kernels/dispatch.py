@@ -10,12 +10,12 @@ and device only, which the host knows: no synchronisation.
 
 import math
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from afbs_compile.kernels import flex, selection
+from afbs_compile.kernels.fused import fused
 from afbs_compile.kernels.geometry import Mask, token_visible
 from afbs_compile.kernels.policy_columns import COLUMNS
 from afbs_compile.kernels.scores import sub_scores
@@ -82,17 +82,17 @@ def attention(
         )[0]  # fmt: skip
     counts, indices = selection.select(
         q, k, policy, mask=mask, scale=scale, selector=selector,
-        block_m=block_m, block_n=block_n, core=compiled_scores(),
+        block_m=block_m, block_n=block_n, core=fused_scores(q, k, selector),
     )  # fmt: skip
     return flex.forward(
         q, k, v, counts, indices, policy, mask=mask, scale=scale, block_m=block_m, block_n=block_n
     )
 
 
-@cache
-def compiled_scores() -> Callable[..., Tensor]:
+def fused_scores(q: Tensor, k: Tensor, selector: str) -> Callable[..., Tensor]:
     """`scores.sub_scores` fused by Inductor, once for all lengths."""
-    return torch.compile(sub_scores, dynamic=True, fullgraph=True)
+    kind = (min(q.shape[0], 2), q.shape[1], k.shape[1], q.shape[3], selector)
+    return fused(sub_scores, kind)
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float) -> Tensor:

@@ -2,10 +2,10 @@
 
 Registered through `torch.library.Library`, whose call costs a half to a third of a `custom_op`'s.
 Opaque to Inductor; q, k and v may have any strides, the output is `[B, Lq, Hq, D]` in memory, as
-models read it. There is no autograd formula yet: the pass leaves calls that need gradients dense.
+models read it. There is no backward yet: the pass leaves calls that need gradients dense.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from afbs_compile.kernels import dispatch
 from afbs_compile.kernels.geometry import Mask
 
-LIBRARY = torch.library.Library("afbs", "DEF")
+LIBRARY: Any = torch.library.Library("afbs", "DEF")  # type: ignore[no-untyped-call]
 LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor policy, bool causal, SymInt offset, "
     "int window, float scale, str selector, int min_length) -> Tensor",
@@ -42,9 +42,9 @@ def attention(
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+def attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     """Shape, dtype and strides of the result."""
-    batch, heads, length, _ = q.shape
+    batch, heads, length = q.shape[:3]
     return q.new_empty((batch, length, heads, v.shape[-1])).transpose(1, 2)
 
 
@@ -54,13 +54,29 @@ def attention_flops(
     v_shape: tuple[int, ...],
     policy_shape: tuple[int, ...],
     causal: bool,
-    *_: Any,
-    **__: Any,
+    *rest: Any,
+    **keywords: Any,
 ) -> int:
     """Upper bound for `torch.utils.flop_counter`: the density is known to the device only."""
     return dispatch.flops(q_shape, k_shape, causal=causal)
 
 
+def attention_autograd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    """Refuse what would need a backward, run everything else below autograd.
+
+    Raises:
+        RuntimeError: An input needs a gradient.
+    """
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise RuntimeError(
+            "afbs::attention has no backward yet: call it under torch.no_grad() or "
+            "torch.inference_mode(), or use scaled_dot_product_attention for training"
+        )
+    with torch._C._AutoDispatchBelowAutograd(), torch.no_grad():
+        return cast(Tensor, torch.ops.afbs.attention(q, k, v, *rest))
+
+
 LIBRARY.impl("attention", attention, "CompositeExplicitAutograd")
+LIBRARY.impl("attention", attention_autograd, "Autograd")
 torch.library.register_fake("afbs::attention", attention_fake, lib=LIBRARY)
 register_flop_formula(torch.ops.afbs.attention)(attention_flops)

@@ -66,9 +66,13 @@ def block_scores(
     starts = range(0, q.shape[2], rows * block_m)
     parts = []
     for start in starts:
-        queries = pooled_queries(q[:, :, start : start + rows * block_m], start, mask, size, block_m)
+        queries = pooled_queries(
+            q[:, :, start : start + rows * block_m], start, mask, size, block_m
+        )
         groups = (k.shape[1], q.shape[1] // k.shape[1])
-        mass = (core or sub_scores)(*queries, *keys, scale, groups, block_m // size, block_n // size)
+        mass = (core or sub_scores)(
+            *queries, *keys, scale, groups, block_m // size, block_n // size
+        )
         parts.append(mass.flatten(1, 2))
     scores = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
     return scores, torch.zeros((), dtype=torch.bool, device=q.device).expand(scores.shape)
@@ -132,11 +136,11 @@ def sub_scores(
 
     `groups` is `(Hkv, G)`; `sub_m` and `sub_n` are sub-blocks in a query and in a key block.
     """
-    x = qp.unflatten(1, groups) @ kp.transpose(-1, -2)[:, :, None] * scale + weight
+    x = torch.unflatten(qp, 1, groups) @ kp.transpose(-1, -2)[:, :, None] * scale + weight
     seen = (first <= high[:, None]) & (last >= low[:, None])
     seen = seen & (first >= sink.view(*groups, 1, 1))
-    mass = masked_softmax(x, seen).unflatten(-1, (-1, sub_n)).sum(-1)
-    square = (mass * mass).unflatten(-2, (-1, sub_m)).sum(-2)
+    mass = torch.unflatten(masked_softmax(x, seen), -1, (-1, sub_n)).sum(-1)
+    square = torch.unflatten(mass * mass, -2, (-1, sub_m)).sum(-2)
     return normalise(square.sqrt())
 
 

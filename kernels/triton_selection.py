@@ -36,22 +36,31 @@ CHUNK = 256  # block scores that the single warp of a pick program holds at once
 
 @triton.jit
 def kept_threshold(scores, start, end, target, CHUNK: tl.constexpr):
-    """Bits of the largest t such that the scores >= t in `[start, end)` sum to `target`.
+    """Bits of a t: the scores >= t in `[start, end)` are the fewest that sum to `target`.
 
-    Non-negative floats order like their bits, so 30 halvings separate any two scores.
+    Non-negative floats order like their bits. Halving stops when one score is left between the
+    bounds, after 30 steps at the latest: then the scores between them are equal.
     """
     low = 0
     high = TWO_BITS
-    for _ in range(30):
+    count_low = end - start  # scores >= low
+    count_high = 0
+    while (high - low > 1) & (count_low - count_high > 1):
         middle = (low + high) // 2
         reached = 0.0
+        count = 0
         for c in range(start, end, CHUNK):
             j = c + tl.arange(0, CHUNK)
             s = tl.load(scores + j, j < end, 0.0)
-            reached += tl.sum(tl.where(s.to(tl.int32, bitcast=True) >= middle, s, 0.0), 0)
-        low = tl.where(reached >= target, middle, low)
-        high = tl.where(reached >= target, high, middle)
-    return low
+            above = s.to(tl.int32, bitcast=True) >= middle
+            reached += tl.sum(tl.where(above, s, 0.0), 0)
+            count += tl.sum(above.to(tl.int32), 0)
+        enough = reached >= target
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+        count_low = tl.where(enough, count, count_low)
+        count_high = tl.where(enough, count_high, count)
+    return tl.where(target > 0.0, low, TWO_BITS)  # no score is needed to reach 0
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -93,7 +102,7 @@ def pick_kernel(
     scores = SCORES + row * blocks_k
     total = 0.0
     best = -1.0
-    best_j = 0
+    best_j = -1
     forced = tl.maximum(sink_end - lo, 0) + tl.maximum(hi - near, 0)
     for c in range(start, end, CHUNK):
         j = c + tl.arange(0, CHUNK)

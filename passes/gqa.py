@@ -47,7 +47,10 @@ def behind_expand(node: Node, heads: int) -> Node | None:
             return None
         chain.append(previous)
     reshape, expand, lift = chain
-    if reshape.target not in RESHAPES | {torch.reshape, torch.flatten} or expand.target != "expand":
+    if (
+        reshape.target not in RESHAPES | {torch.reshape, torch.flatten}
+        or expand.target != "expand"
+    ):
         return None
     source = lift.args[0] if lift.args else None
     if not (isinstance(source, Node) and is_lift(lift)):

@@ -86,10 +86,7 @@ def evaluate(program: MaskProgram, sizes: Iterable[int]) -> Tensor:
 def classify(mask: Tensor) -> Mask | None:
     """The `Mask` that equals a boolean tensor `[..., Lq, Lk]` on every element, or None."""
     one = mask[(0,) * (mask.dim() - 2)]
-    if bool(one.all()):
-        options = [Mask()]
-    else:
-        options = candidates(one)
+    options = [Mask()] if bool(one.all()) else candidates(one)
     return next((m for m in options if equal(m, mask)), None)
 
 

@@ -101,7 +101,8 @@ def recognise(gm: GraphModule, call: Call, inputs: dict[Node, object]) -> MaskRu
     if mask is None:
         return "mask is neither causal nor a sliding window"
     end = found.shape[-1] - found.shape[-2]
-    from_end = mask.causal and length_q is not length_k and mask.offset == end != 0
+    symbolic = isinstance(length_q, SymInt) or isinstance(length_k, SymInt)
+    from_end = symbolic and mask.causal and mask.offset == end != 0
     return MaskRule(program, Mask(mask.causal, 0, mask.window) if from_end else mask, from_end)
 
 

@@ -65,7 +65,7 @@ def rewrite(
     with result.graph.inserting_after(last):
         source = result.graph.placeholder("afbs_policy")
     source.meta["example_value"] = policy
-    source._dynamo_source = None  # type: ignore[attr-defined]  # AOTAutograd: not from user code
+    source._dynamo_source = None  # AOTAutograd: not from user code
     for row, site in enumerate(sites):
         replace(result.graph, site, copies, source, row, selector, min_length)
     result.graph.eliminate_dead_code()
@@ -81,7 +81,7 @@ def copy(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
     graph.output(output)
     for old, new in copies.items():
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = old._dynamo_source
     result = GraphModule(gm, graph)
     result.meta = dict(gm.meta)
     if hasattr(gm, "_param_name_to_source"):

@@ -5,6 +5,7 @@ Every spelling (positional, keyword, `F`, `torch._C._nn`, `aten`) ends as one `C
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -59,7 +60,9 @@ def find(gm: GraphModule) -> list[Call]:
 
 def normalise(node: Node, name: str) -> Call:
     """The call's arguments, whichever way they were written."""
-    arguments = DEFAULTS | dict(zip(POSITIONAL, node.args, strict=False)) | dict(node.kwargs)
+    arguments: dict[str, Any] = (
+        DEFAULTS | dict(zip(POSITIONAL, node.args, strict=False)) | dict(node.kwargs)
+    )
     return Call(node=node, name=name, **arguments)
 
 

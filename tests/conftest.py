@@ -1,11 +1,15 @@
 """What all tests share: hypothesis profiles, the GPU rule, a private cache, poisoned memory."""
 
 import functools
+import logging
+import math
 import os
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from afbs_compile.kernels import policy_columns as col
 
 SLOW_START = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 
@@ -28,6 +32,7 @@ TORCH_ITSELF = (  # warnings of torch's own imports, in 2.13
 def pytest_configure(config):
     for line in TORCH_ITSELF:
         config.addinivalue_line("filterwarnings", line)
+    logging.getLogger("torch.__trace").propagate = False  # thousands of lines at a failure
 
 
 def pytest_runtest_setup(item):
@@ -58,6 +63,20 @@ def poisoned(make):
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
     return filled
+
+
+@pytest.fixture(scope="session")
+def policy_tensor():
+    """Makes the policy tensor of some equal heads."""
+    return equal_heads
+
+
+def equal_heads(heads, mode=col.SPARSE, tau=0.9, window=20, sink=16, neighbours=1, theta=-1.0):
+    policy = torch.zeros(heads, col.COLUMNS)
+    policy[:, col.MODE], policy[:, col.TAU], policy[:, col.THETA] = mode, tau, theta
+    policy[:, col.LAMBDA], policy[:, col.WINDOW] = -math.inf, window
+    policy[:, col.SINK], policy[:, col.NEIGHBOURS] = sink, neighbours
+    return policy
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """How does AFBS-BO tune? Bayesian optimisation at low fidelity, root finding at high fidelity.
 
-explore: Gaussian processes of log error and density over u, hyperparameters shared by the heads
-of a site; each head's next u maximises the log of the constrained expected improvement (Ament
-et al. 2023) of −(density + price·error), error ≤ margin·max_error.
+explore: Gaussian processes of log(error + floor) and density over u, hyperparameters shared by
+the heads of a site (the floor keeps an error of 0 from spoiling them). Each head's next u
+maximises the log of the constrained expected improvement (Ament et al. 2023) of
+−(density + price·error) subject to error ≤ margin·max_error.
 allocate: one price over the posterior curves of all sites gives each head its target.
 refine: safeguarded secant at high fidelity, started where the curve meets the target.
 validate: back-off on unseen inputs.
@@ -27,7 +28,8 @@ DESIGN = (0.4, 1.2, 2.4)  # u of the first calls
 JITTER = 0.1  # of the design, by the seed
 MAX_CALLS = 8  # of a site's evaluator in explore
 LEAST_GAIN = 1e-3  # of density: below it no call is worth its cost
-FLOOR = 1e-3  # of max_error: smaller errors are all alike
+FLOOR = 0.02  # of max_error: smaller errors are nearly alike
+LEAST_ERROR = 1e-3  # of the floor: a curve is never 0, a target of 0 stands for dense
 FIRST_PRICE = 0.15  # divided by the budget; typical slopes of density and error (research)
 LARGEST_PRICE = 1e3
 AT = GRID[:, None] / U_MAX
@@ -42,7 +44,7 @@ class AfbsBo:
     high: Fidelity
 
     def explore(self, evaluator: Evaluator, earlier: Sequence[Curves] = ()) -> Curves:
-        """Posterior curves of a site, from 4 to 8 calls at low fidelity."""
+        """Posterior curves of a site, from 3 to 8 calls at low fidelity."""
         seen = _Seen(self.goal, self._price(earlier))
         jitter = np.random.default_rng(self.goal.seed).uniform(-JITTER, JITTER, len(DESIGN))
         for u in DESIGN + jitter:
@@ -65,12 +67,11 @@ class AfbsBo:
         return Plan({site: SitePlan(target, u) for site, target, u in parts}, given.price)
 
     def refine(self, evaluator: Evaluator, target: Floats, start: Floats) -> Root:
-        """Secant from the curve's u; a head that is to be dense is measured at U_MAX only."""
+        """Secant from the curve's u; a head to be dense starts, and ends, at U_MAX."""
         return solve(
             lambda u: evaluator(u, self.high),
             target,
             start=start,
-            lo=np.where(target > 0.0, 0.0, U_MAX),
         )
 
     def validate(self, evaluator: Evaluator, u: Floats, cap: Floats | float) -> Validated:
@@ -99,8 +100,6 @@ class _Seen:
     u: list[Floats] = field(default_factory=list)
     error: list[Floats] = field(default_factory=list)
     density: list[Floats] = field(default_factory=list)
-    log_error_gp: BatchedGP = field(default_factory=BatchedGP)
-    density_gp: BatchedGP = field(default_factory=BatchedGP)
 
     def add(self, u: Floats, measured: Measured) -> None:
         """Learn what was measured at u [H]."""
@@ -108,34 +107,39 @@ class _Seen:
         self.error.append(measured.error)
         self.density.append(measured.density)
 
+    @property
+    def floor(self) -> float:
+        return FLOOR * self.goal.max_error
+
     def fit(self) -> tuple[Floats, Floats, Floats, Floats]:
-        """Mean and variance of log error, then of density, on the grid [H, U]."""
+        """Mean and variance of log(error + floor), then of density, on the grid [H, U]."""
         x = np.stack(self.u, axis=1)[..., None] / U_MAX
-        floor = FLOOR * self.goal.max_error
-        log_error = np.log(np.maximum(np.stack(self.error, axis=1), floor))
+        log_error = np.log(np.stack(self.error, axis=1) + self.floor)
         density = np.stack(self.density, axis=1)
         return (
-            *self.log_error_gp.fit(x, log_error).predict(AT),
-            *self.density_gp.fit(x, density).predict(AT),
+            *BatchedGP().fit(x, log_error).predict(AT),
+            *BatchedGP().fit(x, density).predict(AT),
         )
 
     def score(self) -> Floats:
         """Log constrained expected improvement on the grid [H, U]."""
         log_error, log_error_var, density, density_var = self.fit()
         error = np.exp(log_error)  # and its variance to first order
-        mean = -(density + self.price * error)
+        mean = -(density + self.price * (error - self.floor))
         var = density_var + self.price**2 * error**2 * log_error_var
         errors, densities = np.stack(self.error, axis=1), np.stack(self.density, axis=1)
         values = np.where(errors <= self.goal.cap, -(densities + self.price * errors), -np.inf)
         best = values.max(1, keepdims=True)
-        return log_cei(mean, var, best, log_error, log_error_var, np.log(self.goal.cap))
+        limit = np.log(self.goal.cap + self.floor)
+        return log_cei(mean, var, best, log_error, log_error_var, limit)
 
     def curves(self) -> Curves:
         """Posterior means, made monotone."""
         log_error, log_error_var, density, density_var = self.fit()
+        error = np.exp(-non_decreasing(-log_error)) - self.floor
         return Curves(
             u=GRID,
-            error=np.exp(-non_decreasing(-log_error)),
+            error=np.maximum(error, LEAST_ERROR * self.floor),
             density=np.clip(non_decreasing(density), 0.0, 1.0),
             log_error_std=np.sqrt(log_error_var),
             density_std=np.sqrt(density_var),

@@ -1,6 +1,6 @@
-"""What are the arrays of the tuner called? Two aliases; shapes stand in the docstrings."""
+"""What are the arrays of the tuner called? Aliases; shapes stand in the docstrings."""
 
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,4 +8,3 @@ from numpy.typing import NDArray
 Floats: TypeAlias = NDArray[np.float64]
 Bools: TypeAlias = NDArray[np.bool_]
 Ints: TypeAlias = NDArray[np.int64]
-Json: TypeAlias = dict[str, Any]

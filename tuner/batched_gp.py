@@ -35,10 +35,9 @@ class BatchedGP:
         """Noise: bounds of the noise variance, or its fixed value; prior: of the lengthscales."""
         self.noise = checked_noise(noise)
         self.prior = prior
-        self.theta: Floats | None = None
 
     def fit(self, x: Floats, y: Floats, hyper: Hyper | None = None) -> Self:
-        """Condition on y [H, n] at x [H, n, d]; a refit starts from the theta of the last fit.
+        """Condition on y [H, n] at x [H, n, d]; hyperparameters are fitted (MAP) unless given.
 
         Raises:
             ValueError: shapes that do not match, or values that are not finite.
@@ -50,9 +49,9 @@ class BatchedGP:
         self.scale = spread if spread > 0.0 else 1.0
         self.y = (y - self.shift) / self.scale
         if hyper is None:
-            start = default_theta(x.shape[2], self.noise) if self.theta is None else self.theta
-            self.theta = fit_theta(x, self.y, self.noise, self.prior, start)
-            hyper = hyper_of(self.theta, self.noise)
+            start = default_theta(x.shape[2], self.noise)
+            theta = fit_theta(x, self.y, self.noise, self.prior, start)
+            hyper = hyper_of(theta, self.noise)
         self.hyper = hyper
         gram = self._covariance(x, x) + hyper.noise * np.eye(y.shape[1])
         chol, _ = jittered_cholesky(gram)  # R&W Alg. 2.1, line 2

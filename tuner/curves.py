@@ -20,7 +20,7 @@ class Curves:
         u: the grid, ascending [U].
         error: relative L1 error, non-increasing in u [H, U].
         density: visited over visible blocks, non-decreasing in u [H, U].
-        log_error_std: posterior standard deviation of log error [H, U].
+        log_error_std: posterior standard deviation of log error (+ floor) [H, U].
         density_std: posterior standard deviation of density [H, U].
     """
 

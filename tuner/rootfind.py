@@ -16,7 +16,6 @@ from afbs_compile.tuner.arrays import Bools, Floats, Ints
 from afbs_compile.tuner.objective import U_MAX, Measured, expect_heads
 
 SLOPE = -1.6  # of log error over u, before a head has two measurements
-SLOPES = (-20.0, -0.05)  # steps and plateaus count as the steepest and the flattest slope
 CLOSE = 1.0 + 1e-9  # a width within rounding of the tolerance has reached it
 PATIENCE = 2  # slow steps after which a head only bisects: its error runs in stairs
 MAX_CALLS = 16
@@ -49,7 +48,7 @@ class Root:
 class _Bracket:
     """State of H heads: the ends, whether they were measured, log(error / target) there."""
 
-    lo: Floats
+    lo: float
     hi: float
     tolerance: float
     method: str
@@ -67,15 +66,14 @@ class _Bracket:
     done: Bools
 
     @classmethod
-    def new(cls, lo: Floats, hi: float, tolerance: float, method: str) -> Self:
-        heads = len(lo)
+    def new(cls, heads: int, lo: float, hi: float, tolerance: float, method: str) -> Self:
         unknown, no = np.full(heads, np.nan), np.zeros(heads, dtype=bool)
         return cls(
             lo=lo,
             hi=hi,
             tolerance=tolerance,
             method=method,
-            left=lo,
+            left=np.full(heads, lo),
             right=np.full(heads, hi),
             left_seen=no,
             right_seen=no,
@@ -103,7 +101,7 @@ def solve(
     target: Floats,
     *,
     start: Floats | None = None,
-    lo: Floats | float = 0.0,
+    lo: float = 0.0,
     hi: float = U_MAX,
     tolerance: float = 0.025,
     max_calls: int = MAX_CALLS,
@@ -118,8 +116,8 @@ def solve(
         evaluate: error and density of all heads at u [H].
         target: largest error allowed [H], ≥ 0.
         start: where the secant begins [H], else at a quarter of the range.
-        lo: least u, of each head [H] or of all.
-        hi: largest u; a head with lo = hi is measured there and no more.
+        lo: least u.
+        hi: largest u.
         tolerance: width of the bracket at which a head is done, in u.
         max_calls: of `evaluate`, ≥ 1; heads without a feasible u spend the last one on `hi`.
         method: "bisect" begins in the middle and never uses the secant.
@@ -128,9 +126,8 @@ def solve(
         ValueError: arguments out of range; measurements of another number of heads.
     """
     target = np.asarray(target, dtype=np.float64)
-    lo = np.broadcast_to(np.asarray(lo, dtype=np.float64), target.shape)
     _check(target, lo, hi, tolerance, max_calls)
-    state = _Bracket.new(lo, hi, tolerance, method)
+    state = _Bracket.new(len(target), lo, hi, tolerance, method)
     return _search(evaluate, target, state, _first(target, start, lo, hi, method), max_calls)
 
 
@@ -163,25 +160,25 @@ def _search(
     )
 
 
-def _first(target: Floats, start: Floats | None, lo: Floats, hi: float, method: str) -> Floats:
+def _first(target: Floats, start: Floats | None, lo: float, hi: float, method: str) -> Floats:
     if method == "bisect":
-        return 0.5 * (lo + hi)
+        return np.full(len(target), 0.5 * (lo + hi))
     if method != "secant":
         raise ValueError(f"method is 'secant' or 'bisect', got {method!r}")
     if start is None:
-        return lo + 0.25 * (hi - lo)
+        return np.full(len(target), lo + 0.25 * (hi - lo))
     start = np.asarray(start, dtype=np.float64)
     if start.shape != target.shape or not np.isfinite(start).all():
         raise ValueError(f"start is {start}: need a finite u for each of {len(target)} heads")
     return np.clip(start, lo, hi)
 
 
-def _check(target: Floats, lo: Floats, hi: float, tolerance: float, max_calls: int) -> None:
+def _check(target: Floats, lo: float, hi: float, tolerance: float, max_calls: int) -> None:
     if target.ndim != 1 or not target.size or not np.all(target >= 0.0):
         raise ValueError(f"target is {target}: need an error ≥ 0 for each head, at least one")
-    if not (np.all(lo <= hi) and tolerance > 0.0 and max_calls >= 1):
+    if not (lo < hi and tolerance > 0.0 and max_calls >= 1):
         raise ValueError(
-            f"need lo ≤ hi, tolerance > 0, max_calls ≥ 1; "
+            f"need lo < hi, tolerance > 0, max_calls ≥ 1; "
             f"got lo={lo}, hi={hi}, tolerance={tolerance}, max_calls={max_calls}"
         )
 
@@ -193,7 +190,7 @@ def _update(state: _Bracket, u: Floats, measured: Measured, target: Floats) -> N
         from_left = (gap - state.left_gap) / (u - state.left)
         from_right = (gap - state.right_gap) / (u - state.right)
     slope = np.where(state.left_seen, from_left, from_right)
-    state.slope = np.where(np.isfinite(slope), np.clip(slope, *SLOPES), state.slope)
+    state.slope = np.where(np.isfinite(slope), slope, state.slope)
     state.widths = np.vstack([state.widths[1:], state.width])
     feasible = measured.error <= target
     right, left = feasible & ~state.done, ~feasible & ~state.done

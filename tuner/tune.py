@@ -184,10 +184,10 @@ class _Run:
         unseen = Traced(self.validation[site], self.trace, site, "validate")
         cap = np.where(before.dense, np.inf, self.goal.max_error)
         u, measured, failed = self.strategy.validate(unseen, before.u, cap)
-        error, density = before.error, before.density
+        error, density, dense = before.error, before.density, before.dense | failed
         if np.any(u != before.u):
             again = Traced(evaluator, self.trace, site, "remeasure")(u, self.high)
             error, density = again.error, again.density
-        error = np.maximum(error, measured.error)
-        dense = before.dense | failed | (error > self.goal.max_error)
-        return SiteResult(u, dense, error, np.maximum(density, measured.density))
+            dense = dense | (error > self.goal.max_error)
+        error, density = np.maximum(error, measured.error), np.maximum(density, measured.density)
+        return SiteResult(u, dense, error, density)

@@ -11,6 +11,8 @@ from afbs_compile.commands.wishes import wishes
 from afbs_compile.policy import Policy
 from afbs_compile.summary import summary
 
+WINDOWS = 2  # where the text is long enough: the second validates what the first found
+
 
 def run(args: Namespace) -> int:
     """Tune on a text; the policy goes to the cache, and to a file if asked."""
@@ -20,8 +22,12 @@ def run(args: Namespace) -> int:
 
     language_model = model.from_folder(args.model)
     tokens = language_model.tokens(text.read(args.text))
-    window = text.windows(tokens, args.tokens, 1)[0]
-    policy = afbs_compile.tune(language_model.module, [language_model.inputs(window)], **given)
+    count = WINDOWS if tokens.numel() >= WINDOWS * args.tokens else 1
+    inputs = [language_model.inputs(w) for w in text.windows(tokens, args.tokens, count)]
+    try:
+        policy = afbs_compile.tune(language_model.module, inputs, **given)
+    except ValueError as error:
+        raise CommandError(f"{language_model.name} cannot be tuned: {error}") from error
     if args.out:
         write(policy, args.out)
     if args.json:

@@ -85,9 +85,7 @@ def loaded(folder: Path, name: str, **how: str) -> LanguageModel:
             f'{", ".join(missing)} not installed; run `pip install "afbs-compile[demo]"`'
         )
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # it would break ours
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **how)
         module: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how)

@@ -1,29 +1,18 @@
-"""How are the demo's figures shown? As tables on stdout and a picture."""
-
-from pathlib import Path
+"""How are the demo's figures shown? As tables on stdout."""
 
 from rich.table import Table
 
 from afbs_compile.commands.output import console, milliseconds, number
-from afbs_compile.commands.picture import write_heatmap
 from afbs_compile.demo.run import Result
 from afbs_compile.policy import Tuning
 from afbs_compile.summary import in_order, site_summary
 
 
-def heatmap(tuning: Tuning, path: Path) -> Path:
-    """Draw density by layer and head into `path`."""
-    write_heatmap(tuning, path, f"density at {tuning.length} tokens")
-    return path
-
-
-def show(result: Result, tuning: Tuning | None, picture: Path | None) -> None:
+def show(result: Result, tuning: Tuning | None) -> None:
     """Print the tables."""
     if tuning:
         console().print(sites_table(tuning))
     console().print(figures_table(result))
-    if picture:
-        console().print(f"Heat map: {picture}")
 
 
 def sites_table(tuning: Tuning) -> Table:

@@ -84,14 +84,13 @@ def demo(setup: Setup) -> tuple[Result, Tuning | None]:
 
 
 def load(setup: Setup) -> tuple[LanguageModel, dict[str, Any], dict[str, Any]]:
-    """The model, its call on the window for tuning, and on one that tuning does not see."""
-    with Progress() as progress:
-        progress(0, 2, "Loading", "model")
-        language_model = chosen(setup)
-        progress(1, 2, "Loading", "text")
-        body = text.read(setup.text) if setup.text else text.default()
-        seen, unseen = text.windows(language_model.tokens(body), setup.tokens, 2)
-        progress(2, 2, "Loading", "")
+    """The model, its call on the window for tuning, and on one that tuning does not see.
+
+    pip and transformers show their own progress on stderr.
+    """
+    language_model = chosen(setup)
+    body = text.read(setup.text) if setup.text else text.default()
+    seen, unseen = text.windows(language_model.tokens(body), setup.tokens, 2)
     return language_model, language_model.inputs(seen), language_model.inputs(unseen)
 
 

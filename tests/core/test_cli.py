@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import afbs_compile
 from afbs_compile import cache, cli
 from afbs_compile.commands import doctor
 from afbs_compile.policy import Policy
@@ -219,6 +220,56 @@ def test_interrupt(afbs, monkeypatch):
 
     monkeypatch.setattr(doctor, "run", interrupted)
     assert afbs("doctor") == (130, "", "afbs doctor: interrupted\n")
+
+
+@pytest.fixture
+def fake_tune(monkeypatch, policy):
+    """`afbs_compile.tune` that notes what it is given and finds the document's policy."""
+    given = {}
+
+    def tune(module, inputs, **options):
+        given.update(module=module, inputs=inputs, options=options)
+        return policy()
+
+    monkeypatch.setattr(afbs_compile, "tune", tune, raising=False)
+    return given
+
+
+def test_tune(afbs, fake_tune, tiny_model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a" * 100)
+    out = tmp_path / "new" / "policy.json"
+    code, printed, _ = afbs(
+        "tune", "--model", tiny_model, "--text", text, "--tokens", 64, "--max-error", 0.1,
+        "--cache-dir", tmp_path, "--out", out, "--json",
+    )  # fmt: skip
+    assert code == 0
+    assert json.loads(printed)["policy_path"] == str(out)
+    assert Policy.read(out).model == json.loads(printed)["model"] == KEY
+    assert fake_tune["options"] == {"max_error": 0.1, "cache_dir": tmp_path}
+    assert [i["input_ids"].shape for i in fake_tune["inputs"]] == [(1, 64)]
+    code, printed, _ = afbs("tune", "--model", tiny_model, "--text", text, "--tokens", 50)
+    assert code == 0
+    assert "layers.0.attn" in printed
+    assert [i["input_ids"].shape for i in fake_tune["inputs"]] == [(1, 50), (1, 50)]
+
+
+def test_tune_of_calls_that_are_too_short(afbs, tiny_model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a" * 64)
+    code, out, error = afbs("tune", "--model", tiny_model, "--text", text, "--tokens", 64)
+    assert (code, out) == (1, "")
+    assert "cannot be tuned: no attention call can be made sparse" in error
+
+
+@pytest.mark.usefixtures("fake_tune")
+def test_tune_that_cannot_write(afbs, tiny_model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a" * 100)
+    arguments = ("tune", "--model", tiny_model, "--text", text, "--tokens", 64)
+    code, out, error = afbs(*arguments, "--out", text / "policy.json")
+    assert (code, out) == (1, "")
+    assert "cannot be written" in error
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from afbs_compile import cache, cli
-from afbs_compile.demo import render
+from afbs_compile.demo import render, run
 from afbs_compile.demo.measure import Comparison
 from afbs_compile.demo.run import Result, kept, result
 from afbs_compile.options import Options
@@ -60,14 +61,14 @@ def test_kept_finds_the_tuning_of_these_options(policy, tuning):
 
 def test_tables_show_what_came_out(tuning, capsys):
     found = result(report("miss", path="/there/key.json"), tuning(), COMPARISON)
-    render.show(found, tuning(), None)
+    render.show(found, tuning())
     out = capsys.readouterr().out
     for words in ("0.20 0.40", "4, 2", "+1.00 %", "1.50 ×", "10 evaluations", "/there/key.json"):
         assert words in out
 
 
 def test_tables_of_a_second_run(capsys):
-    render.show(result(report("hit"), None, COMPARISON), None, None)
+    render.show(result(report("hit"), None, COMPARISON), None)
     out = capsys.readouterr().out
     assert "cached: 0 evaluations, 0 s" in out
     assert "could not be kept" in out
@@ -83,6 +84,32 @@ def test_demo_refuses_a_short_text(tiny_model, tmp_path, capsys):
     assert "the text has 10 tokens, 2 windows of 64 need 128" in output.err
 
 
+@pytest.fixture
+def fake_demo(monkeypatch, tmp_path, tuning):
+    """`demo` that needs no model, run from an empty folder."""
+    found = result(report("miss"), None, COMPARISON)
+    monkeypatch.setattr(run, "demo", lambda setup: (found, tuning()))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("fake_demo")
+def test_picture_is_drawn_for_people_and_on_request(tmp_path, capsys):
+    assert cli.main(["demo", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out).keys() == KEYS
+    assert list(tmp_path.glob("*.png")) == []
+    assert cli.main(["demo"]) == 0
+    assert "Heat map: afbs-demo.png" in capsys.readouterr().out
+    assert (tmp_path / "afbs-demo.png").is_file()
+
+
+@pytest.mark.usefixtures("fake_demo")
+def test_picture_that_fails_loses_no_figures(capsys):
+    assert cli.main(["demo", "--json", "--heatmap", "no/such/folder.png"]) == 1
+    output = capsys.readouterr()
+    assert json.loads(output.out).keys() == KEYS
+    assert "cannot be written" in output.err
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_first_run_tunes_and_second_run_is_cached(tiny_model, tmp_path, capsys):
@@ -90,6 +117,7 @@ def test_first_run_tunes_and_second_run_is_cached(tiny_model, tmp_path, capsys):
     arguments = ["demo", "--json", "--model", tiny_model, "--tokens", 1024, "--min-length", 512]
     runs = []
     for _ in range(2):
+        torch._dynamo.reset()  # as a new process would
         assert cli.main([*map(str, arguments), "--heatmap", str(picture)]) == 0
         runs.append(json.loads(capsys.readouterr().out))
     first, second = runs

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from afbs_compile.identity import TILE, model_key, normalise
+from afbs_compile.identity import TILE, model_key, multipliers_on, normalise, tile_sums
 
 DTYPES = [
     torch.float64,
@@ -64,6 +64,26 @@ def test_swapped_elements_change_the_key(size, dtype, data):
     before = key(tensor)
     tensor[[first, second]] = tensor[[second, first]]
     assert key(tensor) != before
+
+
+def test_both_sums_see_every_change_and_swap():
+    content = torch.arange(2 * TILE, dtype=torch.int32)
+    swapped = content.clone()
+    swapped[[0, TILE - 1]] = content[[TILE - 1, 0]]
+    for other in (content.clone().index_fill_(0, torch.tensor(5), 99), swapped):
+        same = tile_sums(content) == tile_sums(other)
+        assert same.tolist() == [[False, False], [True, True]]
+
+
+def test_multipliers_are_invertible_and_independent():
+    multipliers = multipliers_on(torch.device("cpu"))
+    assert (multipliers % 2 == 1).all()
+    assert multipliers.unique().numel() == 2 * TILE
+
+
+def test_key_stays_what_it_is():
+    named = [("w", torch.arange(100_000, dtype=torch.int32)), ("b", torch.ones(3))]
+    assert model_key(named) == "1dbf2adb2a2bb0ea965bf04bf35552bd"
 
 
 def test_sign_flips_that_cancel_in_a_plain_sum_are_seen():

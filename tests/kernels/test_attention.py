@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from afbs_compile.kernels import dispatch, flex, reference
 from afbs_compile.kernels import policy_columns as col
+from afbs_compile.kernels.fused import fused
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.kernels.selection import select
 
@@ -49,7 +50,7 @@ def test_what_is_not_listed_cannot_matter(problems, data):
 @FEW
 @given(st.data(), st.sampled_from([col.SPARSE, col.WINDOWED, col.DENSE]))
 def test_cpu_path_equals_the_reference(problems, data, mode):
-    problem = data.draw(problems(longest=400))
+    problem = data.draw(problems(longest=400, one_kind=True))
     problem.policy[:, col.MODE] = mode
     site = problem.site | BLOCKS
     lists = select(problem.q, problem.k, problem.policy, selector="sub8", **site)
@@ -61,7 +62,7 @@ def test_cpu_path_equals_the_reference(problems, data, mode):
 @FEW
 @given(st.data())
 def test_dispatch_with_density_one_is_dense(problems, data):
-    problem = data.draw(problems(longest=400, tau=1.0))
+    problem = data.draw(problems(longest=400, tau=1.0, one_kind=True))
     out = dispatch.attention(problem.q, problem.k, problem.v, problem.policy, mask=problem.mask,
                              scale=problem.scale, selector="sub8")  # fmt: skip
     torch.testing.assert_close(out, problem.dense(), atol=1e-5, rtol=1e-5)
@@ -90,8 +91,7 @@ def test_dense_is_sdpa_under_the_mask(problems, data):
 
 
 def test_one_compilation_serves_all_lengths(policy_tensor, fresh_dynamo):
-    flex.compiled.cache_clear()
-    dispatch.compiled_scores.cache_clear()
+    fused.cache_clear()
     policy = policy_tensor(2, tau=0.5)
     for length in (300, 257, 512, 640):
         q, k = torch.randn(1, 2, length, 32), torch.randn(1, 1, length, 32)

@@ -42,8 +42,9 @@ def test_flops_are_counted(policy_tensor):
     assert counter.get_total_flops() >= 4 * 4 * 32 * 300 * 300 / 2
 
 
-def test_backward_is_an_error(policy_tensor):
+def test_gradients_are_an_error(policy_tensor):
     q, *rest = arguments(policy_tensor)
-    out = torch.ops.afbs.attention(q.requires_grad_(), *rest)
-    with pytest.raises(RuntimeError, match="does not require grad|not implemented|autograd"):
-        out.sum().backward()
+    with pytest.raises(RuntimeError, match="no backward yet"):
+        torch.ops.afbs.attention(q.requires_grad_(), *rest)
+    with torch.no_grad():
+        assert not torch.ops.afbs.attention(q, *rest).requires_grad

@@ -51,8 +51,10 @@ class Landscape:
         return Landscape(**fields)
 
     def shifted(self, log_factor):
-        """The same heads on another input, where errors are exp(log_factor) times as large."""
-        return replace(self, intercept=self.intercept + log_factor)
+        """The same heads on another input: errors exp(log_factor) times as large."""
+        return replace(
+            self, intercept=self.intercept + log_factor, middle=self.middle - 0.2 * log_factor
+        )
 
 
 def make_landscape(seed, heads, hopeless=0.0, exact=0.0):

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from afbs_compile.tuner.acquisition import log_cei, log_ei, log_h
 
-STATED = 1e-11
+STATED = 1e-13
 
 
 def precise_log_h(z):
@@ -30,7 +30,7 @@ def test_log_h_is_accurate_as_stated(z):
     assert deviation(z) <= STATED
 
 
-@pytest.mark.parametrize("z", [-1e6, -1e3, -50.0, np.nextafter(-50.0, 0.0), -1.0, 0.0, 30.0])
+@pytest.mark.parametrize("z", [-1e9, -1e6, -1e5, np.nextafter(-1e5, 0.0), -50.0, -1.0, 0.0, 30.0])
 def test_log_h_is_accurate_at_the_seams(z):
     assert deviation(z) <= STATED
 
@@ -41,7 +41,7 @@ def test_log_h_for_a_certain_gain_is_the_log_of_the_gain():
 
 
 def test_log_h_is_finite_and_rises():
-    z = np.concatenate([-np.logspace(6, -3, 4000), np.logspace(-3, 6, 4000)])
+    z = np.concatenate([-np.logspace(100, -3, 4000), np.logspace(-3, 100, 4000)])
     value = log_h(z)
     assert np.isfinite(value).all()
     assert np.all(np.diff(value) > 0.0)

@@ -91,6 +91,15 @@ def test_the_price_found_is_the_price_of_the_choice(seed, heads, grid, coarse, b
         assert given_.density.sum() <= dual.density.sum() + 1e-12
 
 
+@given(seed=st.integers(0, 2**32 - 1), budget=st.floats(0.05, 0.3))
+def test_the_price_is_found_to_rounding(seed, budget):
+    error, density = problem(seed, 40, 20, coarse=False)
+    given_ = allocate(error, density, CAP, budget)
+    dual = allocate_at_price(error, density, CAP, given_.price)
+    assert np.count_nonzero(given_.index != dual.index) <= 1
+    assert allocate_at_price(error, density, CAP, given_.price * (1 - 1e-9)).error.mean() > budget
+
+
 @given(seed=st.integers(0, 2**32 - 1), low=st.floats(0.0, 20.0), high=st.floats(0.0, 20.0))
 def test_a_higher_price_buys_less_error(seed, low, high):
     error, density = problem(seed, 6, 8, coarse=False)

@@ -31,6 +31,12 @@ def test_no_more_is_backed_off_than_needed(landscape):
     assert not dense.any()
 
 
+def test_u_stays_in_its_range(landscape):
+    u, _, dense = back_off(landscape(0, 2, hopeless=1.0), np.array([3.95, 4.0]), 0.1, FULL)
+    np.testing.assert_array_equal(u, U_MAX)
+    assert dense.all()
+
+
 @pytest.mark.parametrize("cap", [np.inf, np.full(3, np.inf)])
 def test_without_a_cap_one_call_is_enough(landscape, cap):
     trace = Trace()

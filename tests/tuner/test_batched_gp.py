@@ -62,13 +62,6 @@ def test_sharing_recovers_a_lengthscale_from_four_points_a_head():
     assert np.median(np.abs(np.log(np.array(alone) / 0.25))) > 0.5
 
 
-def test_a_refit_starts_where_the_last_one_ended():
-    x, y, _ = drawn(3, 4, 8, 1)
-    gp = BatchedGP().fit(x, y)
-    first = gp.theta.copy()
-    np.testing.assert_allclose(gp.fit(x, y).theta, first, atol=1e-3)
-
-
 @pytest.mark.parametrize(
     ("x", "y"),
     [(np.zeros((2, 3, 1)), np.zeros((2, 4))), (np.zeros((1, 2, 1)), np.full((1, 2), np.nan))],

@@ -7,6 +7,7 @@ from sklearn.gaussian_process.kernels import ConstantKernel, Matern
 
 from afbs_compile.tuner.evidence import Hyper
 from afbs_compile.tuner.gp import GP
+from afbs_compile.tuner.matern import matern52, squared_distance
 
 
 def smooth(x):
@@ -42,7 +43,7 @@ def test_interpolates_as_noise_vanishes(seed, n, dimensions):
     gp = GP(noise=1e-10).fit(x, y, hyper(seed, dimensions, 1e-10))
     mean, var = gp.predict(x)
     np.testing.assert_allclose(mean, y, atol=1e-3 * max(1.0, gp.scale))
-    assert np.all(var <= 1e-8 * gp.scale**2)
+    assert np.all((var > 0.0) & (var <= 1e-8 * gp.scale**2))
 
 
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 20), dimensions=st.integers(1, 3))
@@ -51,6 +52,12 @@ def test_variance_lies_between_zero_and_the_prior(seed, n, dimensions):
     gp = GP().fit(x, y, hyper(seed, dimensions))
     _, var = gp.predict(np.vstack([at, x]))
     assert np.all((var > 0.0) & (var <= gp.hyper.amplitude * gp.scale**2 * (1 + 1e-12)))
+
+
+def test_variance_is_positive_where_rounding_would_make_it_negative():
+    x = np.linspace(0.0, 1.0, 60)[:, None]
+    gp = GP(noise=0.0).fit(x, smooth(x), Hyper(np.array([2.0]), 1.0, 0.0))
+    assert np.all(gp.predict(np.linspace(0.0, 1.0, 1000)[:, None])[1] > 0.0)
 
 
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(2, 15), shift=st.floats(-100.0, 100.0))
@@ -86,6 +93,17 @@ def test_appending_the_same_point_without_noise_still_works():
     assert gp.jitter > 0.0
     np.testing.assert_allclose(after, before, atol=1e-3)
     assert np.isfinite(var).all()
+
+
+def test_factor_stays_that_of_the_gram_matrix_with_its_jitter():
+    x = np.array([[0.1], [0.1], [0.4]])
+    gp = GP(noise=0.0).fit(x, np.array([1.0, 1.0, 2.0]), Hyper(np.array([0.5]), 4.0, 0.0))
+    gp.append(np.array([0.8]), 3.0)
+    assert gp.jitter > 0.0
+    gram = matern52(squared_distance(gp.x, gp.x, np.array([0.5])), 4.0)
+    diagonal = np.diagonal(gp.chol @ gp.chol.T)
+    np.testing.assert_allclose(gp.chol @ gp.chol.T, gram + gp.jitter * np.eye(4), rtol=1e-13)
+    np.testing.assert_allclose(diagonal - 4.0, gp.jitter, atol=4e-15)
 
 
 def test_fit_finds_the_smooth_dimension():

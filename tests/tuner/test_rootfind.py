@@ -126,14 +126,16 @@ def test_bisection_needs_eight(landscape):
 
 @pytest.mark.parametrize("start", [None, 0.1, 3.9])
 def test_stairs_do_not_make_the_secant_crawl(start):
-    def stairs(u):
-        return Measured(np.exp(-0.8 * np.floor(u / 0.8 + 0.3)), np.full(5, 0.5))
+    rng = np.random.default_rng(0)
+    width, phase, slope = rng.uniform(0.05, 1.0, 2000), rng.random(2000), rng.uniform(1, 2, 2000)
+    target = rng.uniform(0.03, 0.15, 2000)
 
-    target = np.exp(-0.8 * np.array([0.5, 1.0 - 1e-3, 1.99, 2.5, 3.9]))
-    root = solve(stairs, target, start=None if start is None else np.full(5, start))
-    assert root.feasible.all()
+    def stairs(u):
+        return Measured(np.exp(-slope * width * np.floor(u / width + phase)), 0.0 * u)
+
+    root = solve(stairs, target, start=None if start is None else np.full(2000, start))
     assert np.all(root.width <= TOLERANCE * (1 + 1e-6))
-    assert root.calls <= 15
+    assert root.evaluations.mean() < 10.0
 
 
 @pytest.mark.parametrize("method", ["secant", "bisect"])
@@ -165,16 +167,6 @@ def test_target_of_zero_is_met_by_no_error_only():
     assert 1.3 <= root.u[0] <= 1.3 + TOLERANCE
 
 
-def test_a_range_of_one_point_is_measured_once():
-    root = solve(
-        lambda u: Measured(np.exp(-u), 0.0 * u), np.array([0.5, 0.0]), lo=np.array([0.0, U_MAX])
-    )
-    assert root.evaluations[1] == 1
-    assert root.u[1] == U_MAX
-    assert not root.feasible[1]
-    assert root.u[0] == pytest.approx(np.log(2.0), abs=TOLERANCE)
-
-
 def test_measurements_that_are_no_numbers_name_the_head():
     def broken(u):
         return Measured(np.where(np.arange(4) == 2, np.nan, 0.1), 0.0 * u)
@@ -190,7 +182,7 @@ def test_measurements_that_are_no_numbers_name_the_head():
         ([-0.1], {}, "target"),
         ([], {}, "target"),
         (0.1, {}, "target"),
-        ([0.1], {"lo": 5.0}, "lo ≤ hi"),
+        ([0.1], {"lo": 5.0}, "lo < hi"),
         ([0.1], {"tolerance": 0.0}, "tolerance"),
         ([0.1], {"max_calls": 0}, "max_calls"),
         ([0.1], {"start": np.zeros(2)}, "start"),

@@ -77,6 +77,38 @@ def test_validation_moves_only_what_fails(landscape):
     assert {row.phase for row in easy.trace.rows} == {"explore", "refine", "validate"}
 
 
+def test_heads_that_were_dense_stay_so_and_cost_no_round_of_validation(landscape):
+    site = landscape(0, 3, hopeless=1.0)
+    site = site.shifted(np.log(0.12))  # errors of 0.11 to 0.12 at any u
+    for strategy in ("afbs-bo", "bisect"):
+        result = tune(
+            {"site": site},
+            Goal(0.15, margin=0.5),
+            strategy,
+            validation={"site": site.shifted(1.0)},
+        )
+        assert result.sites["site"].dense.all()
+        assert sum(row.phase == "validate" for row in result.trace.rows) == 1
+
+
+def test_a_head_that_moves_out_of_its_cap_is_dense():
+    class Odd:
+        """Error jumps up again at some u."""
+
+        heads = 2
+
+        def __init__(self, factor, jump):
+            self.factor, self.jump = factor, jump
+
+        def __call__(self, u, fidelity):
+            error = np.where(u <= self.jump, 0.4 * np.exp(-u), 0.3) * np.array([self.factor, 1.0])
+            return Measured(error, u / U_MAX)
+
+    goal = Goal(0.06, margin=0.95)
+    result = tune({"site": Odd(1.0, 2.0)}, goal, "bisect", validation={"site": Odd(1.2, 9.0)})
+    assert result.sites["site"].dense.tolist() == [True, False]
+
+
 def test_budget_is_used_and_beats_one_target_for_all(landscape):
     sites = model(landscape, layers=30, heads=9)
     goal = Goal(0.2, 0.06)

@@ -1,0 +1,126 @@
+"""Tune ahead of time: `afbs_compile.tune(model, inputs)` instead of the first compiled call.
+
+Takes several inputs; with two or more the last is held out and thresholds back off until the error
+bound holds on it too.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from afbs_compile import cache
+from afbs_compile.backend import standing_reason
+from afbs_compile.calibrate import Problem
+from afbs_compile.identity import model_key
+from afbs_compile.logs import warn
+from afbs_compile.options import Options, parse
+from afbs_compile.passes.plan import Plan, plan
+from afbs_compile.policy import Policy, bucket_of
+from afbs_compile.runner import Shapes, weight_names
+from afbs_compile.source import measure_now
+
+Input = torch.Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class Recorded:
+    """One graph and the arguments of every call of it."""
+
+    gm: GraphModule
+    key: str
+    found: Plan
+    shapes: Shapes
+    calls: list[list[Any]] = field(default_factory=list)
+
+    def __call__(self, *args: Any) -> Any:
+        """Run as it was, and remember the arguments."""
+        self.calls.append(list(args))
+        return self.gm(*args)
+
+
+class Recorder:
+    """A Dynamo backend that compiles nothing and remembers graphs that can be tuned."""
+
+    def __init__(self, options: Options) -> None:
+        """Record for tuning with `options`."""
+        self.options = options
+        self.graphs: list[Recorded] = []
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
+        """Take a graph."""
+        found = plan(gm, example_inputs, self.options.min_length)
+        if not found.sites or standing_reason(example_inputs, self.options):
+            return gm.forward
+        named = [(name, example_inputs[n]) for n, name in weight_names(gm, example_inputs).items()]
+        key = model_key(named, "" if named else gm.code)
+        shapes = Shapes.of(example_inputs, found.sites)
+        self.graphs.append(Recorded(gm, key, found, shapes))
+        return self.graphs[-1]
+
+
+def tune(model: nn.Module, inputs: Sequence[Input], **options: Any) -> Policy:
+    """Tune a model on real inputs and keep the policy in the cache.
+
+    Args:
+        model: Any module; it runs as it is, dense, under `torch.no_grad`.
+        inputs: Inputs of `model`: a tensor, positional arguments or keyword arguments each. Of two
+            or more of a length bucket the last is held out for validation.
+        **options: As in `torch.compile(options=…)`.
+
+    Returns:
+        The policy, with every tuning that is known of the model.
+
+    Raises:
+        ValueError: No input, a wrong option, or no attention call that could be made sparse.
+    """
+    if not inputs:
+        raise ValueError("inputs is empty: give one or more inputs of the model")
+    wishes = parse(options)
+    recorder = Recorder(wishes)
+    recorded = torch.compile(model, backend=recorder)
+    with torch.no_grad():
+        for given in inputs:
+            call(recorded, given)
+    policies: dict[str, Policy] = {}
+    for problem, key in problems(recorder):
+        stored = policies.get(key) or cache.load(key, wishes.cache_folder)
+        tuning = measure_now(problem, key, stored, None, {})
+        policies[key] = (stored or Policy(key, type(model).__name__)).with_tuning(tuning)
+    if not policies:
+        raise ValueError(
+            "no attention call can be made sparse (is max_error 0, or every call shorter than "
+            "min_length?); afbs_compile.explain() after a compiled call names the reasons"
+        )
+    if len(policies) > 1:
+        warn(f"the model compiles to graphs with {len(policies)} sets of weights (graph breaks); "
+             "each has a policy of its own in the cache, the largest is returned")  # fmt: skip
+    return max(policies.values(), key=lambda p: len(p.sites()))
+
+
+def call(model: Any, given: Input) -> Any:
+    """Call a model with one input."""
+    if isinstance(given, Mapping):
+        return model(**given)
+    return model(given) if isinstance(given, torch.Tensor) else model(*given)
+
+
+def problems(recorder: Recorder) -> list[tuple[Problem, str]]:
+    """One problem for every model and length bucket; its length is the longest seen."""
+    result = []
+    for graph in recorder.graphs:
+        buckets: dict[int, list[tuple[int, list[Any]]]] = {}
+        for args in graph.calls:
+            length = graph.shapes.length(graph.shapes.sizes(args))
+            if length >= recorder.options.min_length:
+                buckets.setdefault(bucket_of(length), []).append((length, args))
+        for seen in buckets.values():
+            longest = max(length for length, _ in seen)
+            problem = Problem(
+                graph.gm, [args for _, args in seen], graph.found.sites, recorder.options, longest
+            )
+            result.append((problem, graph.key))
+    return result

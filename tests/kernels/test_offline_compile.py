@@ -1,0 +1,102 @@
+"""Do the Triton kernels compile for GPUs that are not here, within their shared memory?
+
+The interpreter checks no types or layouts. This file also runs as a program, in a process of its
+own: Triton is either interpreted or not, for a whole process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SHARED_BYTES = {80: 166_912, 86: 101_376, 90: 232_448}  # what one program may use
+CASES = {  # head_dim, dtype, block_m, block_n, causal, selector
+    "half": (128, "bfloat16", 128, 64, True, "sub8"),
+    "odd": (80, "float16", 64, 64, False, "sub4"),
+    "fp32": (64, "float32", 128, 64, True, "mean"),
+    "wide": (256, "bfloat16", 128, 64, True, "mean"),
+    "wide fp32": (256, "float32", 128, 128, False, "sub8"),
+    "largest": (128, "bfloat16", 128, 128, True, "sub4"),
+}
+QUICK = [(80, "odd"), (90, "half")]
+OTHERS = [(arch, case) for arch in SHARED_BYTES for case in CASES if (arch, case) not in QUICK]
+
+
+def shared_memory(arch, case, tmp_path):
+    """Compiles all kernels of a case in a fresh process: `{kernel: bytes of shared memory}`."""
+    pytest.importorskip("triton.backends.nvidia")
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, __file__, str(arch), case]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize(("arch", "case"), QUICK)
+def test_compiles_and_fits(arch, case, tmp_path):
+    used = shared_memory(arch, case, tmp_path)
+    assert used.keys() == {"pool_kernel", "score_kernel", "pick_kernel", "forward_kernel"}
+    assert max(used.values()) <= SHARED_BYTES[arch]
+    assert used["forward_kernel"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "case"), OTHERS)
+def test_every_case_compiles_and_fits(arch, case, tmp_path):
+    test_compiles_and_fits(arch, case, tmp_path)
+
+
+def compile_for(arch, case):
+    """Compiles what `select` and `forward` would launch; returns the shared memory of each."""
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from afbs_compile.kernels import triton_forward, triton_pool, triton_scores, triton_selection
+    from afbs_compile.kernels.geometry import Mask
+
+    class AbsentDriver:
+        """What Triton asks of a driver to compile a kernel, for a device that is not here."""
+
+        def get_current_target(self):
+            return GPUTarget("cuda", arch, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    class Compiled:
+        """Stands in for a kernel: a launch compiles it and notes its shared memory."""
+
+        def __init__(self, module, name):
+            self.kernel, self.name = getattr(module, name), name
+            setattr(module, name, self)
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: used.update(
+                {self.name: self.kernel.warmup(*args, grid=grid, **options).metadata.shared}
+            )
+
+    used = {}
+    driver.set_active(AbsentDriver())
+    Compiled(triton_pool, "pool_kernel")
+    Compiled(triton_scores, "score_kernel")
+    Compiled(triton_selection, "pick_kernel")
+    Compiled(triton_forward, "forward_kernel")
+    for module in (triton_scores, triton_forward):
+        module.shared_memory_bytes = lambda device: SHARED_BYTES[arch]
+    head_dim, dtype, block_m, block_n, causal, selector = CASES[case]
+    q = torch.zeros(1, 2, 256, head_dim, dtype=getattr(torch, dtype))
+    k, policy = q[:, :1], torch.zeros(2, 8)
+    site = {"mask": Mask(causal), "scale": 1.0, "block_m": block_m, "block_n": block_n}
+    counts, indices = triton_selection.select(q, k, policy, selector=selector, **site)
+    triton_forward.forward(q, k, k, counts, indices, policy, **site)
+    return used
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(compile_for(int(sys.argv[1]), sys.argv[2])))

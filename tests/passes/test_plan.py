@@ -1,0 +1,211 @@
+"""Plans for graphs as Dynamo makes them: what is rewritten, what is refused and why."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from afbs_compile.kernels.geometry import Mask
+from afbs_compile.passes.plan import plan
+from afbs_compile.passes.rewrite import rewrite
+
+L = 64
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+class Planner:
+    """A backend that plans and runs eagerly."""
+
+    def __init__(self, min_length=16):
+        self.plans, self.graphs, self.min_length = [], [], min_length
+
+    def __call__(self, gm, example_inputs):
+        self.plans.append(plan(gm, example_inputs, self.min_length))
+        self.graphs.append(gm)
+        return gm.forward
+
+
+def planned(function, *args, dynamic=None, **kwargs):
+    planner = Planner()
+    with torch.no_grad():
+        torch.compile(function, backend=planner, dynamic=dynamic, fullgraph=True)(*args, **kwargs)
+    return planner.plans[-1]
+
+
+def tensors(heads=4, kv_heads=4, length_k=L, dim=32):
+    return (torch.randn(2, heads, L, dim), *(torch.randn(2, kv_heads, length_k, dim),) * 2)
+
+
+def sdpa(**kwargs):
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **kwargs)
+
+
+def with_mask(make):
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=make(q, k))
+
+
+def index(q, k):
+    return torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None]
+
+
+def causal(q, k):
+    i, j = index(q, k)
+    return (j <= i)[None, None].expand(q.shape[0], 1, -1, -1)
+
+
+def window(q, k):
+    i, j = index(q, k)
+    return (j <= i) & (j > i - 24)
+
+
+def right_aligned(q, k):
+    i, j = index(q, k)
+    return j <= i + (k.shape[2] - q.shape[2])
+
+
+ACCEPTED = [
+    (sdpa(), {}, Mask()),
+    (sdpa(is_causal=True), {}, Mask(True)),
+    (sdpa(is_causal=True, enable_gqa=True), {"kv_heads": 2}, Mask(True)),
+    (with_mask(causal), {}, Mask(True)),
+    (with_mask(window), {}, Mask(True, 0, 24)),
+    (with_mask(right_aligned), {"length_k": 100}, Mask(True, 36)),
+    (with_mask(lambda q, k: torch.ones(L, L, dtype=torch.bool)), {}, Mask()),
+    (with_mask(lambda q, k: torch.ones(L, L, dtype=torch.bool).tril()), {}, Mask(True)),
+]
+
+
+@pytest.mark.parametrize(("function", "shape", "mask"), ACCEPTED)
+def test_accepted(function, shape, mask):
+    found = planned(function, *tensors(**shape))
+    assert not found.refused
+    (site,) = found.sites
+    assert (site.mask, site.heads, site.head_dim) == (mask, 4, 32)
+    assert site.kv_heads == shape.get("kv_heads", 4)
+
+
+def three_d(q, k, v):
+    return F.scaled_dot_product_attention(q[0], k[0], v[0])
+
+
+def vmapped(q, k, v):
+    return torch.vmap(F.scaled_dot_product_attention)(q[None], k[None], v[None])
+
+
+def autocast(q, k, v):
+    with torch.autocast("cpu", torch.bfloat16):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def chosen_kernel(q, k, v):
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+REFUSED = [
+    (sdpa(dropout_p=0.5), {}, "dropout"),
+    (with_mask(lambda q, k: torch.zeros(L, L)), {}, "additive float mask"),
+    (with_mask(lambda q, k: q[0, 0] @ k[0, 0].T > 0), {}, "mask depends on an input tensor"),
+    (with_mask(lambda q, k: index(q, k)[0] % 3 >= index(q, k)[1] % 5), {}, "neither causal nor"),
+    (three_d, {}, "3-D"),
+    pytest.param(
+        vmapped, {}, "inside vmap",
+        marks=pytest.mark.filterwarnings("ignore:There is a performance drop"),
+    ),
+    (autocast, {}, "inside autocast"),
+    (chosen_kernel, {}, "inside sdpa_kernel"),
+    (sdpa(), {"dim": 16}, "head dim 16"),
+    (lambda q, k, v: F.scaled_dot_product_attention(q, k, v[..., :16]), {}, "value head dim"),
+    (lambda q, k, v: F.scaled_dot_product_attention(q[:, :, :8], k, v), {}, "short: 8 queries"),
+    (lambda q, k, v: F.scaled_dot_product_attention(*(x.double() for x in (q, k, v))), {},
+     "dtype torch.float64"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "shape", "reason"), REFUSED)
+def test_refused_with_its_reason(function, shape, reason):
+    found = planned(function, *tensors(**shape))
+    assert not found.sites
+    (why,) = found.refused.values()
+    assert reason in why
+
+
+def test_gradients_are_refused_until_there_is_a_backward():
+    planner = Planner()
+    q, k, v = tensors()
+    out = torch.compile(sdpa(), backend=planner)(q.requires_grad_(), k, v)
+    out.sum().backward()
+    (why,) = planner.plans[0].refused.values()
+    assert "needs gradients" in why
+
+
+def repeat_expand(x, n):
+    batch, heads, length, dim = x.shape
+    return x[:, :, None].expand(batch, heads, n, length, dim).reshape(batch, -1, length, dim)
+
+
+@pytest.mark.parametrize(
+    "repeat",
+    [
+        lambda x, n: repeat_expand(x, n),
+        lambda x, n: x.repeat_interleave(n, 1),
+        lambda x, n: torch.repeat_interleave(x, n, dim=1),
+        lambda x, n: x.unsqueeze(2).expand(-1, -1, n, -1, -1).flatten(1, 2),
+    ],
+)
+def test_repeated_heads_are_undone(repeat):
+    def function(q, k, v):
+        return F.scaled_dot_product_attention(q, repeat(k, 2), repeat(v, 2), is_causal=True)
+
+    (site,) = planned(function, *tensors(kv_heads=2)).sites
+    assert (site.heads, site.kv_heads) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x: torch.cat([x, x], 1),
+        lambda x: x.repeat(1, 2, 1, 1),
+        lambda x: x[:, None].expand(-1, 2, -1, -1, -1).reshape(2, 4, L, 32),
+        lambda x: x.repeat_interleave(torch.tensor([1, 3]), 1, output_size=4),
+    ],
+)
+def test_other_repetitions_are_not(other):
+    """Tiled heads are in another order than grouped ones: undoing them would be wrong."""
+
+    def function(q, k, v):
+        return F.scaled_dot_product_attention(q, other(k), other(v), is_causal=True)
+
+    for site in planned(function, *tensors(kv_heads=2)).sites:
+        assert site.kv_heads == 4
+
+
+def test_symbolic_lengths_carry_a_rule():
+    def function(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=window(q, k))
+
+    q, k, v = tensors()
+    for x in (q, k, v):
+        torch._dynamo.mark_dynamic(x, 2)
+    (rule,) = planned(function, q, k, v).rules
+    assert rule.holds([100] * len(rule.program.sizes))
+    assert not type(rule)(rule.program, Mask(True), False).holds([100] * len(rule.program.sizes))
+
+
+@pytest.mark.parametrize(("function", "shape", "mask"), ACCEPTED)
+def test_rewritten_graphs_compute_the_same(function, shape, mask, policy_tensor):
+    planner, args = Planner(), tensors(**shape)
+    with torch.no_grad():
+        want = torch.compile(function, backend=planner, fullgraph=True)(*args)
+        (gm,), (found,) = planner.graphs, planner.plans
+        before = gm.code
+        policy = policy_tensor(4, tau=1.0)[None]
+        new = rewrite(gm, found.sites, policy, selector="sub8", min_length=1)
+        names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+        inputs = dict(zip(("l_q_", "l_k_", "l_v_"), args, strict=True))
+        (out,) = new(*(inputs[n] for n in names), policy)
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
+    assert gm.code == before
+    targets = [n.target for n in new.graph.nodes]
+    assert torch.ops.afbs.attention.default in targets
+    assert F.scaled_dot_product_attention not in targets
+    assert not any(t is torch.arange for t in targets)
