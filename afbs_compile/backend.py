@@ -1,7 +1,7 @@
 """The Dynamo backend `afbs`: find attention, tune it, rewrite it, hand the graph to Inductor.
 
-`torch.compile(model, backend="afbs", options={...})`. Registered as an entry point, so no import is
-needed. Options: `afbs_compile.options.Options`; others are Inductor's.
+`torch.compile(model, backend="afbs", options={...})`. Registered as an entry point, so no import
+is needed. Options: `afbs_compile.options.Options`; others are Inductor's.
 """
 
 import logging

@@ -88,8 +88,8 @@ def rows_of(length: int, causal: bool, dim: int, repeats: int) -> list[dict]:
         chosen = policy(tau)
         calls = {
             "cudnn": cudnn,
-            "forward": lambda c=counts, i=indices: triton_forward.forward(
-                q, k, v, c, i, everything, **site, **blocks
+            "forward": lambda c=counts, i=indices, p=everything: triton_forward.forward(
+                q, k, v, c, i, p, **site, **blocks
             ),
             "selection": lambda p=chosen: triton_selection.select(
                 q, k, p, selector="sub8", **site, **blocks

@@ -1,9 +1,9 @@
 """What would every tau cost? Exact error and density of all thresholds from one dense pass.
 
-For a query block, block partials `exp(S_j - max) V_j` are summed in the order in which the selector
-would keep the blocks (forced first, then by score), so that the output after keeping n blocks is a
-prefix sum. Its distance to the dense output is the error of every tau that keeps n blocks. One pass
-costs about three dense ones and replaces every further evaluation of tau.
+For a query block, block partials `exp(S_j - max) V_j` are summed in the order in which the
+selector would keep the blocks (forced first, then by score), so that the output after keeping n
+blocks is a prefix sum. Its distance to the dense output is the error of every tau that keeps n
+blocks. One pass costs a few dense ones and replaces every further evaluation of tau.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Undo `repeat_kv`: find the key/value heads behind their copies.
 
-Models without grouped-query support in SDPA repeat every key/value head `groups` times. The kernels
-read each head once, so the copies are dead weight.
+Models without grouped-query support in SDPA repeat every key/value head `groups` times. The
+kernels read each head once, so the copies are dead weight.
 """
 
 import operator

@@ -97,6 +97,18 @@ def test_agrees_with_the_oracle(problem, poisoned_empty):
     check(*both(q, k, v, keep, policy, **site), q.dtype)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("mask", [Mask(), Mask(True, 20), Mask(True, 20, 33)])
+def test_all_modes_in_one_launch(mask, dtype):
+    """Two query heads a kv head, three modes, a list that lacks blocks."""
+    q = normal(0, 2, 4, 75, 64, dtype=dtype)
+    k, v = (normal(seed, 2, 2, 110, 64, dtype=dtype) for seed in (1, 2))
+    policy = policy_rows([col.DENSE, col.WINDOWED, col.SPARSE, col.WINDOWED])
+    keep = normal(3, 2, 4, 3, 4) < 1
+    site = {"mask": mask, "scale": 0.2, "block_m": 32, "block_n": 32}
+    check(*both(q, k, v, keep, policy, **site), dtype)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_all_blocks_are_dense_attention(causal):
     q, k, v = (normal(seed, 1, 2, 100, 64) for seed in range(3))
@@ -141,15 +153,19 @@ def test_nan_in_a_key_stays_where_it_is_seen():
 
 
 @pytest.mark.parametrize(
-    ("mask", "hidden"),
-    [(Mask(True, offset=-24), slice(40, 96)), (Mask(True, offset=90, window=40), slice(0, 51))],
+    ("mask", "mode", "hidden"),
+    [
+        (Mask(True, offset=-24), col.DENSE, slice(40, 96)),
+        (Mask(True, offset=90, window=40), col.DENSE, slice(0, 51)),
+        (Mask(False, offset=90), col.WINDOWED, slice(7, 51)),
+    ],
 )
-def test_nan_in_a_value_that_no_row_sees_has_no_effect(mask, hidden):
+def test_nan_in_a_value_that_no_row_sees_has_no_effect(mask, mode, hidden):
     q, k, v = normal(0, 1, 1, 64, 32), normal(1, 1, 1, 96, 32), normal(2, 1, 1, 96, 32)
     v[:, :, hidden] = torch.nan
     keep = torch.ones(1, 1, 1, 3, dtype=torch.bool, device=DEVICE)
     site = {"mask": mask, "scale": 0.2, "block_m": 64, "block_n": 32}
-    got, want = both(q, k, v, keep, policy_rows([col.DENSE]), **site)
+    got, want = both(q, k, v, keep, policy_rows([mode], window=40, sink=7), **site)
     assert want[0].isfinite().all()
     check(got, want, q.dtype)
 

@@ -138,7 +138,7 @@ def test_equals_the_oracle_in_fp32(selector, mask):
         policy_row(tau=0.5, sink=32),
         policy_row(tau=0.8, theta=0.28, neighbours=0),
         policy_row(mode=col.WINDOWED, sink=7),
-        policy_row(tau=0.0, neighbours=0),
+        policy_row(tau=0.0, theta=0.28, neighbours=0),
     )
     site = {"mask": mask, "scale": 0.25, "selector": selector, "block_m": 32, "block_n": 16}
     want = lists.to_keep(*selection.select(q, k, policy, **site))
