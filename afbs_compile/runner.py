@@ -1,8 +1,8 @@
 """What runs instead of the compiled graph: hands it the policy that fits the call's lengths.
 
 A graph with symbolic sizes serves many lengths. Thresholds belong to a length bucket and a mask
-was classified at one size, so at a size not seen before the runner checks the masks again and looks
-the bucket's tuning up (or calibrates, with the call's own inputs). After that a call costs one
+was classified at one size, so at a size not seen before the runner checks the masks again and
+looks the tuning up (or calibrates, with the call's own inputs). After that a call costs one
 dictionary look-up. Policies are inputs of the compiled graph: new values never recompile. Dynamo
 may hand the graph of one model to another of the same class, whose weights are inputs too; so a
 policy is looked up by the weights that the call brings.

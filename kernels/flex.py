@@ -1,9 +1,9 @@
 """Block-sparse attention on a CPU: our block lists on compiled FlexAttention.
 
 FlexAttention skips unlisted blocks when compiled, on a CPU too (2.8x over dense SDPA in fp32 with
-a third of the blocks kept at 4096 tokens). Blocks in which every pair is visible go into its `full`
-lists, where no mask is evaluated. Offset, windows and sinks are captured tensors and the lengths
-are symbolic, so one compilation serves every length.
+a third of the blocks kept at 4096 tokens). Blocks in which every pair is visible go into its
+`full` lists, where no mask is evaluated. Offset, windows and sinks are captured tensors and the
+lengths are symbolic, so one compilation serves every length.
 """
 
 import torch

@@ -137,9 +137,11 @@ def row_errors(
     values = v[:, :, : len(j)].view(batch, kv_heads, reach, block_n, dim)
     pv = p.reshape(batch, kv_heads, -1, reach, m, block_n) @ values[:, :, None]
     pv = pv.view(batch, heads, reach, m, dim)
-    best = order[..., :reach]
-    weight = weight.gather(2, best[..., None].expand(weight.shape)).cumsum(2)
-    pv = pv.gather(2, best[..., None, None].expand(pv.shape)).cumsum(2)
+    # row n of `kept` sums the n + 1 blocks that rank first: a product is faster than a cumsum
+    rank = torch.argsort(order, dim=-1)[..., None, :reach]
+    kept = (rank <= torch.arange(reach, device=q.device)[:, None]).to(pv.dtype)
+    weight = kept @ weight
+    pv = (kept @ pv.reshape(batch, heads, reach, -1)).view(pv.shape)
     pv = pv.div_(weight.clamp(min=1e-30)[..., None])
     exact = pv[:, :, -1:].clone()
     norm = exact.abs().sum((2, 3, 4))

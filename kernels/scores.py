@@ -19,7 +19,7 @@ from afbs_compile.kernels.geometry import Blocks, Mask, site_visible
 
 SUB_BLOCK = {"sub8": 8, "sub4": 4}
 SELECTORS = (*SUB_BLOCK, "mean")
-NOWHERE = 1 << 30  # a position that no mask reaches
+NOWHERE = 1 << 31  # a position outside every span, those of `Mask.spans` without a limit too
 CHUNK_ELEMENTS = 1 << 24  # sub-block scores held at once; bounds memory at long lengths
 
 

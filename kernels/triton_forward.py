@@ -1,8 +1,8 @@
 """How does a GPU attend over block lists? The portable Triton forward, sm_80 and later.
 
-One program serves one query block of one head: it walks the listed key blocks with an online
+One program serves a tile of queries of one head: it walks the listed key blocks with an online
 softmax in base 2 (Milakov & Gimelshein, arXiv 1805.02867; FlashAttention-2, arXiv 2307.08691).
-The oracle is `kernels.reference`.
+The token mask is applied only in tiles that need it. The oracle is `kernels.reference`.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"

@@ -159,10 +159,8 @@ def tiling(
     exact = dtype == torch.float32
     rows = max(64 if head_dim <= 128 else 32, fold_m)
     cols = max(min(32, 4096 // head_dim) if exact else 64, fold_n)
-    while (
-        cols > max(16, fold_n)
-        and 4 * (rows * (head_dim + cols) + 2 * cols * head_dim) > shared_bytes
-    ):
+    room = shared_bytes // 4 - rows * head_dim
+    while cols > max(16, fold_n) and cols * (rows + 2 * head_dim) > room:
         cols //= 2
     return rows, cols, 8 if exact else 4
 

@@ -15,6 +15,11 @@ from afbs_compile.kernels import lists, reference, triton_common, triton_forward
 from afbs_compile.kernels import policy_columns as col
 from afbs_compile.kernels.geometry import Mask
 
+# Triton 3.6's interpreter makes scalars in a way that NumPy deprecates
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Conversion of an array with ndim:DeprecationWarning"
+)
+
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 LONGEST = 700 if GPU else 150
@@ -49,7 +54,7 @@ def both(q, k, v, keep, policy, **site):
 
 def check(got, want, dtype):
     (o, lse), (o_want, lse_want) = got, want
-    assert o.dtype == dtype
+    assert (o.dtype, lse.dtype) == (dtype, torch.float32)
     assert relative(o, o_want) <= TOLERANCE[dtype]
     torch.testing.assert_close(
         lse, lse_want, rtol=1e-5, atol=2e-5 if dtype == torch.float32 else 2e-4
@@ -98,7 +103,7 @@ def test_agrees_with_the_oracle(problem, poisoned_empty):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("mask", [Mask(), Mask(True, 20), Mask(True, 20, 33)])
+@pytest.mark.parametrize("mask", [Mask(), Mask(True, 20), Mask(True, 20, 60)])
 def test_all_modes_in_one_launch(mask, dtype):
     """Two query heads a kv head, three modes, a list that lacks blocks."""
     q = normal(0, 2, 4, 75, 64, dtype=dtype)
@@ -115,7 +120,8 @@ def test_all_blocks_are_dense_attention(causal):
     site = {"mask": Mask(causal), "scale": 0.125, "block_m": 32, "block_n": 32}
     keep = torch.ones(1, 2, 4, 4, dtype=torch.bool, device=DEVICE)
     (o, _), _ = both(q, k, v, keep, policy_rows([col.DENSE] * 2), **site)
-    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    exact = (x.double() for x in (q, k, v))
+    dense = torch.nn.functional.scaled_dot_product_attention(*exact, is_causal=causal)
     assert relative(o, dense) <= 1e-5
 
 
@@ -180,12 +186,13 @@ def test_windowed_heads_beside_dense_ones():
     i, j = torch.arange(120, device=DEVICE)[:, None], torch.arange(120, device=DEVICE)
     causal = j <= i
     seen = torch.stack([causal & ((j > i - 20) | (j < 3)), causal, causal])
-    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.2)
+    exact = (x.double() for x in (q, k, v))
+    dense = torch.nn.functional.scaled_dot_product_attention(*exact, seen, scale=0.2)
     assert relative(o, dense) <= 1e-5
 
 
 def test_strides_of_any_kind():
-    """Last stride 2, an expanded kv head, a sliced length: the same as contiguous copies."""
+    """Last stride 2, an expanded kv head, a sliced length."""
     q = normal(0, 1, 2, 40, 64)[..., ::2]
     k = normal(1, 1, 1, 40, 32).expand(1, 2, 40, 32)
     v = normal(2, 1, 2, 80, 32)[:, :, ::2]
@@ -201,7 +208,6 @@ def test_output_is_laid_out_as_models_read_it():
     (o, lse), _ = both(q, k, v, keep, policy_rows([col.DENSE] * 2), **site)
     assert o.transpose(1, 2).is_contiguous()
     assert lse.is_contiguous()
-    assert lse.dtype == torch.float32
 
 
 @pytest.mark.parametrize("shared_bytes", [65_536, 101_376, 166_912, 232_448])
@@ -222,8 +228,7 @@ def test_captured_without_a_sync_and_not_compiled_again():
 
     def attend(length):
         q, k, v = (normal(seed, 1, 2, length, 64, dtype=torch.bfloat16) for seed in range(3))
-        blocks = -(-length // 64)
-        keep = torch.ones(1, 2, blocks, blocks, dtype=torch.bool, device=DEVICE)
+        keep = torch.ones(1, 2, *[-(-length // 64)] * 2, dtype=torch.bool, device=DEVICE)
         counts, indices = lists.from_keep(keep)
         site = {"mask": Mask(True, window=length), "scale": 0.1, "block_m": 64, "block_n": 64}
         return lambda: triton_forward.forward(q, k, v, counts, indices, policy, **site)

@@ -16,6 +16,11 @@ from afbs_compile.kernels import policy_columns as col
 from afbs_compile.kernels.geometry import Blocks, Mask, head_visible
 from afbs_compile.kernels.scores import SELECTORS, block_scores
 
+# Triton 3.6's interpreter makes scalars in a way that NumPy deprecates
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Conversion of an array with ndim:DeprecationWarning"
+)
+
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 LONGEST = 700 if GPU else 130
@@ -133,7 +138,7 @@ def test_keeps_what_the_rule_asks_for(problem, poisoned_empty):
 @pytest.mark.parametrize("selector", SELECTORS)
 @pytest.mark.parametrize("mask", [Mask(), Mask(True), Mask(True, 20), Mask(True, 20, 33)])
 def test_equals_the_oracle_in_fp32(selector, mask):
-    q, k = clustered(0, 1, 4, 75, 64), clustered(5, 1, 2, 125, 64)
+    q, k = clustered(0, 1, 4, 75, 64), clustered(5, 1, 2, 115, 64)
     policy = policy_of(
         policy_row(tau=0.5, sink=32),
         policy_row(tau=0.8, theta=0.28, neighbours=0),
