@@ -78,7 +78,7 @@ def look_up(tables: dict[str, np.ndarray], rows: np.ndarray, tau: Floats) -> Mea
     extra = np.where(forced == 0, np.maximum(extra, 1), extra)
     error = np.take_along_axis(tables["error"][:, :, rows], extra[..., None], -1)[..., 0].sum(-1)
     norm = tables["norm"][:, :, rows].sum(-1)
-    relative = np.divide(error, norm, out=np.zeros(error.shape), where=norm > 0)
+    relative = np.divide(error, norm, out=np.zeros(error.shape), where=norm != 0)
     density = (extra + forced).sum((0, 2)) / (len(error) * tables["visible"][:, rows].sum(-1))
     return Measured(relative.max(0), density)
 
@@ -152,7 +152,7 @@ class DirectEvaluator:
             counts, visible = self.count(part, policy)
             kept += counts
             seen += visible
-        relative = torch.where(norm > 0, error / norm.clamp(min=1e-300), 0).amax(0)
+        relative = torch.where(norm == 0, 0.0, error / norm).amax(0)
         return Measured(relative.cpu().numpy(), (kept.mean(0) / seen).cpu().numpy())
 
     def run(self, part: Layer, policy: Tensor) -> Tensor:

@@ -105,15 +105,23 @@ def repeats(tensor: Tensor) -> bool:
 
 
 def candidates(mask: Tensor) -> list[Mask]:
-    """Causal masks read off one query row of `[Lq, Lk]`; each must then be compared."""
-    counts = mask.sum(1)
-    rows = torch.nonzero((counts > 0) & ~mask[:, -1]).flatten()
-    row = int(rows[-1]) if len(rows) else len(mask) - 1  # a row that the key axis does not clip
-    keys = torch.nonzero(mask[row]).flatten()
-    if not len(keys):
+    """Causal masks read off single query rows of `[Lq, Lk]`; each must then be compared."""
+    some = mask.any(1)
+    upper = row_of(some & ~mask[:, -1], len(mask) - 1)  # a row that the key axis does not clip
+    if not bool(some[upper]):
         return []
-    offset = int(keys[-1]) - row
-    return [Mask(True, offset), Mask(True, offset, int(counts.max()))]
+    offset = int(torch.nonzero(mask[upper])[-1]) - upper
+    lower = row_of(some & ~mask[:, 0], -1)
+    if lower < 0:
+        return [Mask(True, offset)]
+    window = lower + offset + 1 - int(torch.nonzero(mask[lower])[0])
+    return [Mask(True, offset, window)] if window > 0 else []
+
+
+def row_of(rows: Tensor, otherwise: int) -> int:
+    """The first row of a bool `[Lq]` that is True."""
+    found = torch.nonzero(rows)
+    return int(found[0]) if len(found) else otherwise
 
 
 def as_tensor(mask: Mask, like: Tensor) -> Tensor:

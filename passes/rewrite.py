@@ -68,7 +68,8 @@ def rewrite(
     source._dynamo_source = None  # AOTAutograd: not from user code
     for row, site in enumerate(sites):
         replace(result.graph, site, copies, source, row, selector, min_length)
-    result.graph.eliminate_dead_code()
+    # masks and repeated heads that nobody reads any more go in Inductor, which knows what is pure;
+    # fx's own elimination would take in-place calls without users with them
     result.graph.lint()
     result.recompile()
     return result

@@ -1,0 +1,381 @@
+"""How does a Hopper GPU attend over block lists? The Gluon kernel for sm_90.
+
+Persistent and warp-specialised (FlashAttention-3, arXiv 2407.08608): one producer warp draws
+tiles from an atomic counter and copies Q, K, V by TMA; two consumer warpgroups own 64 of a tile's
+128 queries each and overlap Q·Kᵀ of one step with P·V of the one before. A step is 128 keys: two
+listed boxes of 64. Lists are read from the end, so the diagonal, and the missing half of an odd
+list, come first. The token mask costs only the steps that need it.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from afbs_compile.kernels.triton_common import (
+    COLUMNS,
+    LENGTHS,
+    LN2,
+    LOWEST,
+    MODE,
+    SINK,
+    UNLIMITED,
+    WINDOW,
+    WINDOWED,
+)
+
+NO_WINDOW = gl.constexpr(UNLIMITED)
+CONSUMERS = gl.constexpr(2)
+ROWS = gl.constexpr(64)  # queries of one consumer
+TILE = gl.constexpr(128)  # queries of a tile
+BOX = gl.constexpr(64)  # keys of a list entry
+STEP = gl.constexpr(128)  # keys of a step
+CHUNK = gl.constexpr(32)  # keys that `hide_values` holds in registers
+CONSUMER_REGISTERS = gl.constexpr(240)
+PRODUCER_REGISTERS = gl.constexpr(24)
+
+
+@gluon.jit
+def put(slot, value):
+    """The producer warp writes one integer into shared memory."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    slot.store(gl.full([1], value, gl.int32, one))
+
+
+@gluon.jit
+def get(slot):
+    """A consumer reads one integer from shared memory."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return gl.max(slot.load(one), axis=0)
+
+
+@gluon.jit
+def place(tile, heads, blocks_q):
+    """Batch, head and first query of a tile. Head-major; the longest causal rows start first."""
+    head = tile // blocks_q
+    return head // heads, head % heads, (blocks_q - 1 - tile % blocks_q) * TILE
+
+
+@gluon.jit
+def announce(tile, steps, turn, tiles, tiles_full, tiles_empty):
+    """Tell the consumers the next tile and its number of steps."""
+    slot = turn % 2
+    mbarrier.wait(tiles_empty.index(slot), ((turn // 2) & 1) ^ 1)
+    put(tiles.index(2 * slot), tile)
+    put(tiles.index(2 * slot + 1), steps)
+    mbarrier.arrive(tiles_full.index(slot), count=1)
+
+
+@gluon.jit
+def next_tile(turn, tiles, tiles_full, tiles_empty):
+    """What `announce` told: the tile and its number of steps."""
+    slot = turn % 2
+    mbarrier.wait(tiles_full.index(slot), (turn // 2) & 1)
+    tile = get(tiles.index(2 * slot))
+    steps = get(tiles.index(2 * slot + 1))
+    mbarrier.arrive(tiles_empty.index(slot), count=1)
+    return tile, steps
+
+
+@gluon.jit
+def copy_step(desc, b, h, start_a, start_b, full, stage):
+    """Copy the two boxes of a step into one stage; keys past the end arrive as zeros."""
+    low = stage.slice(0, BOX)
+    high = stage.slice(BOX, BOX)
+    mbarrier.expect(full, 2 * desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(desc, [b, h, start_a, 0], full, low)
+    tma.async_copy_global_to_shared(desc, [b, h, start_b, 0], full, high)
+
+
+@gluon.jit
+def produce(descs, buffers, barriers, lists, sizes, STAGES: gl.constexpr):
+    """The producer warp: tiles, then the listed boxes of each, from the end of its list."""
+    q_desc, k_desc, v_desc, o_desc = descs
+    q_s, k_s, v_s, o_s, starts, tiles = buffers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, tiles_full, tiles_empty = barriers
+    counts, indices, counter = lists
+    total_tiles, heads, group, blocks_q, blocks_k = sizes
+    step = 0
+    turn = 0
+    tile = gl.program_id(0)
+    while tile < total_tiles:
+        following = gl.atomic_add(counter, 1) + gl.num_programs(0)
+        b, h, first = place(tile, heads, blocks_q)
+        row = (b * heads + h) * blocks_q + first // TILE
+        count = gl.load(counts + row)
+        steps = gl.maximum((count + 1) // 2, 1)
+        announce(tile, steps, turn, tiles, tiles_full, tiles_empty)
+        mbarrier.wait(q_empty.index(0), (turn & 1) ^ 1)
+        mbarrier.expect(q_full.index(0), CONSUMERS * q_desc.block_type.nbytes)
+        for c in gl.static_range(CONSUMERS):
+            tma.async_copy_global_to_shared(
+                q_desc, [b, h, first + c * ROWS, 0], q_full.index(0), q_s.index(c)
+            )
+        listed = indices + row.to(gl.int64) * blocks_k
+        for i in range(steps):
+            at = 2 * (steps - 1 - i)
+            # a half that is not listed lies past the last key: zeros, and the mask hides them
+            start_a = gl.load(listed + at, mask=at < count, other=blocks_k) * BOX
+            start_b = gl.load(listed + at + 1, mask=at + 1 < count, other=blocks_k) * BOX
+            stage = step % STAGES
+            free = ((step // STAGES) & 1) ^ 1
+            mbarrier.wait(k_empty.index(stage), free)
+            put(starts.index(2 * stage), start_a)
+            put(starts.index(2 * stage + 1), start_b)
+            copy_step(
+                k_desc, b, h // group, start_a, start_b, k_full.index(stage), k_s.index(stage)
+            )
+            mbarrier.wait(v_empty.index(stage), free)
+            copy_step(
+                v_desc, b, h // group, start_a, start_b, v_full.index(stage), v_s.index(stage)
+            )
+            step += 1
+        turn += 1
+        tile = following
+    announce(tile, 0, turn, tiles, tiles_full, tiles_empty)
+
+
+@gluon.jit
+def own_window(policy, h):
+    """Reach and sink of a head's own window, in keys; a head without one reaches everything."""
+    windowed = gl.load(policy + h * COLUMNS + MODE) == WINDOWED
+    reach = gl.load(policy + h * COLUMNS + WINDOW).to(gl.int32)
+    sink = gl.load(policy + h * COLUMNS + SINK).to(gl.int32)
+    return gl.where(windowed, reach, NO_WINDOW), sink
+
+
+@gluon.jit
+def hide(s, start_a, start_b, first, head, site, CAUSAL: gl.constexpr):
+    """Scores `s` of the queries from `first` on, −inf where a query may not see the key.
+
+    Query i sees low <= n <= high, and of these in a windowed head only near <= n or n < sink.
+    Positions are taken from the start of the key's own box: only the limits differ by box.
+    """
+    reach, sink = head
+    length_q, length_k, offset, window = site
+    n = gl.arange(0, STEP, layout=gl.SliceLayout(0, s.type.layout))[None, :]
+    i = first + offset + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))[:, None]
+    first_high = length_k - 1
+    if CAUSAL:
+        first_high = gl.minimum(first_high, first + offset)
+    if gl.maximum(start_a, start_b) + BOX - 1 > first_high:
+        high = i * 0 + length_k - 1
+        if CAUSAL:
+            high = gl.minimum(high, i)
+        s = gl.where(
+            n <= gl.where(n < BOX, high - start_a, high - start_b + BOX), s, -float("inf")
+        )
+    start = gl.minimum(start_a, start_b)
+    last = first + offset + ROWS - 1
+    if start < gl.maximum(last - window, last - reach) + 1:
+        low = i - window + 1
+        near = i - reach + 1
+        seen = n >= gl.where(n < BOX, low - start_a, low - start_b + BOX)
+        seen_near = n >= gl.where(n < BOX, near - start_a, near - start_b + BOX)
+        seen_sink = n < gl.where(n < BOX, sink - start_a, sink - start_b + BOX)
+        s = gl.where(seen & (seen_near | seen_sink), s, -float("inf"))
+    return s
+
+
+@gluon.jit
+def has_unseen(start, first, head, site, CAUSAL: gl.constexpr):
+    """Does the box at `start` hold a key that no query of the tile from `first` on sees?"""
+    reach, sink = head
+    length_q, length_k, offset, window = site
+    found = start < first + offset - window + 1
+    found |= gl.maximum(start, sink) < gl.minimum(start + BOX, first + offset - reach + 1)
+    if CAUSAL:
+        end = gl.minimum(first + TILE, length_q) + offset
+        found |= gl.maximum(start, end) < gl.minimum(start + BOX, length_k)
+    return found
+
+
+@gluon.jit
+def hide_values(
+    v, full, phase, start_a, start_b, first, head, site, D: gl.constexpr, CAUSAL: gl.constexpr
+):
+    """Zero the values of a stage that no query of the tile sees: 0 times their NaN is NaN.
+
+    Both consumers write the same bytes, so neither waits for the other.
+    """
+    reach, sink = head
+    length_q, length_k, offset, window = site
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    if has_unseen(start_a, first, head, site, CAUSAL) | has_unseen(
+        start_b, first, head, site, CAUSAL
+    ):
+        mbarrier.wait(full, phase)
+        for c in gl.static_range(STEP // CHUNK):
+            part = v.slice(c * CHUNK, CHUNK)
+            if c * CHUNK < BOX:
+                start = start_a + c * CHUNK
+            else:
+                start = start_b + c * CHUNK - BOX
+            n = start + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))
+            blind = (n < first + offset - reach + 1) & (n >= sink)
+            blind |= n < first + offset - window + 1
+            if CAUSAL:
+                blind |= n >= gl.minimum(first + TILE, length_q) + offset
+            x = part.load(layout)
+            part.store(gl.where(blind[:, None], gl.zeros_like(x), x))
+        fence_async_shared()
+        gl.thread_barrier()
+
+
+@gluon.jit
+def weigh(s, top, total, scale_log2):
+    """Online softmax in base 2: weights, new maximum, new sum, factor that shrinks the past."""
+    top_new = gl.maximum(top, gl.max(s, 1) * scale_log2)
+    p = gl.exp2(gl.fma(s, scale_log2, -top_new[:, None]))
+    shrink = gl.exp2(top - top_new)
+    return p, top_new, gl.fma(total, shrink, gl.sum(p, 1)), shrink
+
+
+@gluon.jit
+def write(acc, top, total, o_desc, o_s, b, h, first, lse, heads, length_q):
+    """Store the output, by TMA from shared memory, and the lse of 64 queries."""
+    o_row: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    empty = total == 0.0
+    total = gl.where(empty, 1.0, total)
+    out = acc * gl.convert_layout(1.0 / total, o_row)[:, None]
+    tma.store_wait(0)
+    o_s.store(out.to(o_desc.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(o_desc, [b, h, first, 0], o_s)
+    i = first + gl.arange(0, ROWS, layout=total.type.layout)
+    log_sum = gl.where(empty, -float("inf"), (top + gl.log2(total)) * LN2)
+    gl.store(lse + (b * heads + h).to(gl.int64) * length_q + i, log_sum, mask=i < length_q)
+
+
+@gluon.jit
+def consume(
+    cid: gl.constexpr, descs, buffers, barriers, policy, lse, scale_log2, sizes, site,
+    D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """One consumer warpgroup: output and lse of 64 queries of every tile drawn."""
+    q_desc, k_desc, v_desc, o_desc = descs
+    q_s, k_s, v_s, o_s, starts, tiles = buffers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, tiles_full, tiles_empty = barriers
+    total_tiles, heads, group, blocks_q, blocks_k = sizes
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
+    q = q_s.index(cid)
+    step = 0
+    turn = 0
+    tile, steps = next_tile(turn, tiles, tiles_full, tiles_empty)
+    while tile < total_tiles:
+        b, h, tile_first = place(tile, heads, blocks_q)
+        first = tile_first + cid * ROWS
+        head = own_window(policy, h)
+        nothing = gl.zeros([ROWS, STEP], gl.float32, s_layout)
+        top = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, s_layout))
+        total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, s_layout))
+
+        at = step % STAGES
+        phase = (step // STAGES) & 1
+        mbarrier.wait(q_full.index(0), turn & 1)
+        mbarrier.wait(k_full.index(at), phase)
+        k = k_s.index(at).permute((1, 0))
+        s_pending = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+        start_a = get(starts.index(2 * at))
+        start_b = get(starts.index(2 * at + 1))
+        s = warpgroup_mma_wait(0, deps=[s_pending])
+        mbarrier.arrive(k_empty.index(at), count=1)
+        s = hide(s, start_a, start_b, first, head, site, CAUSAL)
+        p, top, total, shrink = weigh(s, top, total, scale_log2)
+        p = gl.convert_layout(p.to(q_desc.dtype), p_layout)
+        hide_values(v_s.index(at), v_full.index(at), phase, start_a, start_b, tile_first, head,
+                    site, D, CAUSAL)  # fmt: skip
+        acc = gl.zeros([ROWS, D], gl.float32, o_layout)
+        for _ in range(1, steps):
+            next_at = (step + 1) % STAGES
+            next_phase = ((step + 1) // STAGES) & 1
+            at = step % STAGES
+            mbarrier.wait(k_full.index(next_at), next_phase)
+            k = k_s.index(next_at).permute((1, 0))
+            s_pending = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+            mbarrier.wait(v_full.index(at), (step // STAGES) & 1)
+            o_pending = warpgroup_mma(p, v_s.index(at), acc, is_async=True)
+            start_a = get(starts.index(2 * next_at))
+            start_b = get(starts.index(2 * next_at + 1))
+            s = warpgroup_mma_wait(1, deps=[s_pending])
+            mbarrier.arrive(k_empty.index(next_at), count=1)
+            s = hide(s, start_a, start_b, first, head, site, CAUSAL)
+            p, top, total, shrink = weigh(s, top, total, scale_log2)
+            acc = warpgroup_mma_wait(0, deps=[o_pending])
+            mbarrier.arrive(v_empty.index(at), count=1)
+            acc = acc * gl.convert_layout(shrink, o_row)[:, None]
+            p = gl.convert_layout(p.to(q_desc.dtype), p_layout)
+            hide_values(v_s.index(next_at), v_full.index(next_at), next_phase, start_a, start_b,
+                        tile_first, head, site, D, CAUSAL)  # fmt: skip
+            step += 1
+        mbarrier.arrive(q_empty.index(0), count=1)
+        at = step % STAGES
+        mbarrier.wait(v_full.index(at), (step // STAGES) & 1)
+        o_pending = warpgroup_mma(p, v_s.index(at), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[o_pending])
+        mbarrier.arrive(v_empty.index(at), count=1)
+        step += 1
+        turn += 1
+        write(acc, top, total, o_desc, o_s.index(cid), b, h, first, lse, heads, site[0])
+        tile, steps = next_tile(turn, tiles, tiles_full, tiles_empty)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def barriers_for(count: gl.constexpr, arrivals: gl.constexpr):
+    """`count` barriers, each complete after `arrivals` arrivals."""
+    made = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(count):
+        mbarrier.init(made.index(i), count=arrivals)
+    return made
+
+
+@gluon.jit(do_not_specialize=[*LENGTHS, "total_tiles"])
+def forward_kernel(
+    q_desc, k_desc, v_desc, o_desc, counts, indices, counter, policy, lse, scale_log2,
+    total_tiles, heads, group, blocks_q, blocks_k, length_q, length_k, offset, window,
+    D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """Shared memory and barriers, then two consumers and the producer side by side."""
+    dtype: gl.constexpr = q_desc.dtype
+    shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], dtype)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    buffers = (
+        gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, D], shared),
+        gl.allocate_shared_memory(dtype, [STAGES, STEP, D], shared),
+        gl.allocate_shared_memory(dtype, [STAGES, STEP, D], shared),
+        gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, D], shared),
+        gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], plain),
+        gl.allocate_shared_memory(gl.int32, [4, 1], plain),
+    )
+    barriers = (
+        barriers_for(1, 1), barriers_for(1, CONSUMERS),
+        barriers_for(STAGES, 1), barriers_for(STAGES, CONSUMERS),
+        barriers_for(STAGES, 1), barriers_for(STAGES, CONSUMERS),
+        barriers_for(2, 1), barriers_for(2, CONSUMERS),
+    )  # fmt: skip
+    descs = (q_desc, k_desc, v_desc, o_desc)
+    sizes = (total_tiles, heads, group, blocks_q, blocks_k)
+    site = (length_q, length_k, offset, window)
+    lists = (counts, indices, counter)
+    gl.warp_specialize(
+        [
+            (consume, (0, descs, buffers, barriers, policy, lse, scale_log2, sizes, site,
+                       D, STAGES, CAUSAL)),
+            (consume, (1, descs, buffers, barriers, policy, lse, scale_log2, sizes, site,
+                       D, STAGES, CAUSAL)),
+            (produce, (descs, buffers, barriers, lists, sizes, STAGES)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
