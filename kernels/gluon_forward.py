@@ -9,7 +9,6 @@ correct, only what is cheap.
 import functools
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor

@@ -31,6 +31,10 @@ from afbs_compile.kernels.triton_common import (
     WINDOWED,
 )
 
+# the names of Triton 3.6, and what 3.7 and 3.9 call them
+thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 NO_WINDOW = gl.constexpr(UNLIMITED)
 CONSUMERS = gl.constexpr(2)
 ROWS = gl.constexpr(64)  # queries of one consumer
@@ -90,18 +94,19 @@ def copy_step(desc, b, h, start_a, start_b, full, stage):
     low = stage.slice(0, BOX)
     high = stage.slice(BOX, BOX)
     mbarrier.expect(full, 2 * desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, [b, h, start_a, 0], full, low)
-    tma.async_copy_global_to_shared(desc, [b, h, start_b, 0], full, high)
+    tma_load(desc, [b, h, start_a, 0], full, low)
+    tma_load(desc, [b, h, start_b, 0], full, high)
 
 
 @gluon.jit
-def produce(descs, buffers, barriers, lists, sizes, STAGES: gl.constexpr):
+def produce(
+    q_desc, k_desc, v_desc, q_s, k_s, v_s, rings, barriers, counts, indices, counter, tiling,
+    group, blocks_k, STAGES: gl.constexpr,
+):  # fmt: skip
     """The producer warp: tiles, then the listed boxes of each, from the end of its list."""
-    q_desc, k_desc, v_desc, o_desc = descs
-    q_s, k_s, v_s, o_s, starts, tiles = buffers
+    starts, tiles = rings
     q_full, q_empty, k_full, k_empty, v_full, v_empty, tiles_full, tiles_empty = barriers
-    counts, indices, counter = lists
-    total_tiles, heads, group, blocks_q, blocks_k = sizes
+    total_tiles, heads, blocks_q = tiling
     step = 0
     turn = 0
     tile = gl.program_id(0)
@@ -115,9 +120,7 @@ def produce(descs, buffers, barriers, lists, sizes, STAGES: gl.constexpr):
         mbarrier.wait(q_empty.index(0), (turn & 1) ^ 1)
         mbarrier.expect(q_full.index(0), CONSUMERS * q_desc.block_type.nbytes)
         for c in gl.static_range(CONSUMERS):
-            tma.async_copy_global_to_shared(
-                q_desc, [b, h, first + c * ROWS, 0], q_full.index(0), q_s.index(c)
-            )
+            tma_load(q_desc, [b, h, first + c * ROWS, 0], q_full.index(0), q_s.index(c))
         listed = indices + row.to(gl.int64) * blocks_k
         for i in range(steps):
             at = 2 * (steps - 1 - i)
@@ -159,7 +162,7 @@ def hide(s, start_a, start_b, first, head, site, CAUSAL: gl.constexpr):
     Positions are taken from the start of the key's own box: only the limits differ by box.
     """
     reach, sink = head
-    length_q, length_k, offset, window = site
+    _, length_k, offset, window = site
     n = gl.arange(0, STEP, layout=gl.SliceLayout(0, s.type.layout))[None, :]
     i = first + offset + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))[:, None]
     first_high = length_k - 1
@@ -206,7 +209,7 @@ def hide_values(
     Both consumers write the same bytes, so neither waits for the other.
     """
     reach, sink = head
-    length_q, length_k, offset, window = site
+    length_q, _, offset, window = site
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     if has_unseen(start_a, first, head, site, CAUSAL) | has_unseen(
         start_b, first, head, site, CAUSAL
@@ -214,10 +217,7 @@ def hide_values(
         mbarrier.wait(full, phase)
         for c in gl.static_range(STEP // CHUNK):
             part = v.slice(c * CHUNK, CHUNK)
-            if c * CHUNK < BOX:
-                start = start_a + c * CHUNK
-            else:
-                start = start_b + c * CHUNK - BOX
+            start = start_a + c * CHUNK if c * CHUNK < BOX else start_b + c * CHUNK - BOX
             n = start + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))
             blind = (n < first + offset - reach + 1) & (n >= sink)
             blind |= n < first + offset - window + 1
@@ -226,7 +226,7 @@ def hide_values(
             x = part.load(layout)
             part.store(gl.where(blind[:, None], gl.zeros_like(x), x))
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
 
 
 @gluon.jit
@@ -248,7 +248,7 @@ def write(acc, top, total, o_desc, o_s, b, h, first, lse, heads, length_q):
     tma.store_wait(0)
     o_s.store(out.to(o_desc.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(o_desc, [b, h, first, 0], o_s)
+    tma_store(o_desc, [b, h, first, 0], o_s)
     i = first + gl.arange(0, ROWS, layout=total.type.layout)
     log_sum = gl.where(empty, -float("inf"), (top + gl.log2(total)) * LN2)
     gl.store(lse + (b * heads + h).to(gl.int64) * length_q + i, log_sum, mask=i < length_q)
@@ -256,14 +256,13 @@ def write(acc, top, total, o_desc, o_s, b, h, first, lse, heads, length_q):
 
 @gluon.jit
 def consume(
-    cid: gl.constexpr, descs, buffers, barriers, policy, lse, scale_log2, sizes, site,
-    D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    cid: gl.constexpr, o_desc, q_s, k_s, v_s, o_s, rings, barriers, policy, lse, scale_log2,
+    tiling, site, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """One consumer warpgroup: output and lse of 64 queries of every tile drawn."""
-    q_desc, k_desc, v_desc, o_desc = descs
-    q_s, k_s, v_s, o_s, starts, tiles = buffers
+    starts, tiles = rings
     q_full, q_empty, k_full, k_empty, v_full, v_empty, tiles_full, tiles_empty = barriers
-    total_tiles, heads, group, blocks_q, blocks_k = sizes
+    total_tiles, heads, blocks_q = tiling
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
@@ -292,7 +291,7 @@ def consume(
         mbarrier.arrive(k_empty.index(at), count=1)
         s = hide(s, start_a, start_b, first, head, site, CAUSAL)
         p, top, total, shrink = weigh(s, top, total, scale_log2)
-        p = gl.convert_layout(p.to(q_desc.dtype), p_layout)
+        p = gl.convert_layout(p.to(o_desc.dtype), p_layout)
         hide_values(v_s.index(at), v_full.index(at), phase, start_a, start_b, tile_first, head,
                     site, D, CAUSAL)  # fmt: skip
         acc = gl.zeros([ROWS, D], gl.float32, o_layout)
@@ -314,7 +313,7 @@ def consume(
             acc = warpgroup_mma_wait(0, deps=[o_pending])
             mbarrier.arrive(v_empty.index(at), count=1)
             acc = acc * gl.convert_layout(shrink, o_row)[:, None]
-            p = gl.convert_layout(p.to(q_desc.dtype), p_layout)
+            p = gl.convert_layout(p.to(o_desc.dtype), p_layout)
             hide_values(v_s.index(next_at), v_full.index(next_at), next_phase, start_a, start_b,
                         tile_first, head, site, D, CAUSAL)  # fmt: skip
             step += 1
@@ -350,11 +349,12 @@ def forward_kernel(
     dtype: gl.constexpr = q_desc.dtype
     shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], dtype)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    buffers = (
-        gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, D], shared),
-        gl.allocate_shared_memory(dtype, [STAGES, STEP, D], shared),
-        gl.allocate_shared_memory(dtype, [STAGES, STEP, D], shared),
-        gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, D], shared),
+    q_s = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, D], shared)
+    k_s = gl.allocate_shared_memory(dtype, [STAGES, STEP, D], shared)
+    v_s = gl.allocate_shared_memory(dtype, [STAGES, STEP, D], shared)
+    o_s = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, D], shared)
+    # where the two boxes of each stage start; the next two tiles with their numbers of steps
+    rings = (
         gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], plain),
         gl.allocate_shared_memory(gl.int32, [4, 1], plain),
     )
@@ -364,17 +364,16 @@ def forward_kernel(
         barriers_for(STAGES, 1), barriers_for(STAGES, CONSUMERS),
         barriers_for(2, 1), barriers_for(2, CONSUMERS),
     )  # fmt: skip
-    descs = (q_desc, k_desc, v_desc, o_desc)
-    sizes = (total_tiles, heads, group, blocks_q, blocks_k)
+    tiling = (total_tiles, heads, blocks_q)
     site = (length_q, length_k, offset, window)
-    lists = (counts, indices, counter)
     gl.warp_specialize(
         [
-            (consume, (0, descs, buffers, barriers, policy, lse, scale_log2, sizes, site,
-                       D, STAGES, CAUSAL)),
-            (consume, (1, descs, buffers, barriers, policy, lse, scale_log2, sizes, site,
-                       D, STAGES, CAUSAL)),
-            (produce, (descs, buffers, barriers, lists, sizes, STAGES)),
+            (consume, (0, o_desc, q_s, k_s, v_s, o_s, rings, barriers, policy, lse, scale_log2,
+                       tiling, site, D, STAGES, CAUSAL)),
+            (consume, (1, o_desc, q_s, k_s, v_s, o_s, rings, barriers, policy, lse, scale_log2,
+                       tiling, site, D, STAGES, CAUSAL)),
+            (produce, (q_desc, k_desc, v_desc, q_s, k_s, v_s, rings, barriers, counts, indices,
+                       counter, tiling, group, blocks_k, STAGES)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -25,8 +25,8 @@ def available(device: torch.device | None = None) -> str | None:
         return "no CUDA device"
     if device is not None and device.type != "cuda":
         return f"no Gluon for device type {device.type!r}"
-    known = device is not None and device.index is not None
-    return unusable_device(device.index if known else torch.cuda.current_device())
+    index = None if device is None else device.index
+    return unusable_device(torch.cuda.current_device() if index is None else index)
 
 
 @functools.cache

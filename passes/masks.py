@@ -105,12 +105,16 @@ def repeats(tensor: Tensor) -> bool:
 
 
 def candidates(mask: Tensor) -> list[Mask]:
-    """Causal masks read off single query rows of `[Lq, Lk]`; each must then be compared."""
+    """Causal masks read off single query rows of `[Lq, Lk]`; each must then be compared.
+
+    Where the key axis clips every row, any offset that reaches its end stands for the same mask.
+    """
     some = mask.any(1)
-    upper = row_of(some & ~mask[:, -1], len(mask) - 1)  # a row that the key axis does not clip
-    if not bool(some[upper]):
+    first = row_of(some, -1)
+    if first < 0:
         return []
-    offset = int(torch.nonzero(mask[upper])[-1]) - upper
+    free = row_of(some & ~mask[:, -1], -1)  # a row that the key axis does not clip
+    offset = mask.shape[1] - 1 - first if free < 0 else int(torch.nonzero(mask[free])[-1]) - free
     lower = row_of(some & ~mask[:, 0], -1)
     if lower < 0:
         return [Mask(True, offset)]

@@ -57,7 +57,7 @@ def speak():
 
 def test_versions_name_what_runs():
     found = versions.versions()
-    assert found["torch"] == torch.__version__
+    assert found["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert found["afbs-compile"]
     assert versions.version("no-such-distribution") is None
     assert versions.device_name(torch.device("cpu"))
