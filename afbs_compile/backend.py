@@ -69,6 +69,8 @@ def standing_reason(example_inputs: Sequence[Any], options: Options) -> str | No
         return "max_error is 0"
     if any(isinstance(x, FakeTensor) for x in example_inputs):
         return "no real inputs (export or ahead-of-time compilation)"
+    if any(isinstance(x, SymInt) and hint(x) is None for x in example_inputs):
+        return "a size is known only at run time"
     return None
 
 

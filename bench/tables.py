@@ -39,16 +39,21 @@ def demo(document: dict) -> str:
 
 
 def attention(document: dict) -> str:
-    """Speed of the whole op against cuDNN's dense SDPA."""
-    rows = [r for r in document["rows"] if r["case"] == "whole_op" and r["kept"] < 0.99]
-    lines = ["| tokens | head dim | mask | kept | ours ms | cuDNN ms | ratio |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    """Speed of the whole op against cuDNN's dense SDPA; the file has more shapes."""
+    whole = [r for r in document["rows"] if r["case"] == "whole_op"]
+    dense = [r["ratio_cudnn"] for r in whole if r["kept"] > 0.99]
+    few = [r for r in whole if r["kept"] < 0.99 and r["head_dim"] == 128]
+    rows = [r for r in few if r["length"] in (8192, 32768)]
+    lines = ["| tokens | mask | kept | ours ms | cuDNN ms | ratio |", "|---|---|---|---|---|---|"]
     lines += [
-        f"| {r['length']} | {r['head_dim']} | {'causal' if r['causal'] else 'none'} "
-        f"| {r['kept']:.2f} | {r['ours_ms']:.2f} | {r['cudnn_ms']:.2f} | {r['ratio_cudnn']:.2f}× |"
+        f"| {r['length']} | {'causal' if r['causal'] else 'none'} | {r['kept']:.2f} "
+        f"| {r['ours_ms']:.2f} | {r['cudnn_ms']:.2f} | {r['ratio_cudnn']:.2f}× |"
         for r in rows
     ]
-    return "\n".join([*lines, "", origin(document)])
+    everything = (
+        f"With every block kept: {min(dense):.2f} to {max(dense):.2f}×; such sites stay SDPA."
+    )
+    return "\n".join([*lines, "", everything, origin(document)])
 
 
 TABLES = {"demo": ("demo_cpu", demo), "attention": ("attention_portable", attention)}

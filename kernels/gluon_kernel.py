@@ -41,7 +41,6 @@ ROWS = gl.constexpr(64)  # queries of one consumer
 TILE = gl.constexpr(128)  # queries of a tile
 BOX = gl.constexpr(64)  # keys of a list entry
 STEP = gl.constexpr(128)  # keys of a step
-CHUNK = gl.constexpr(32)  # keys that `hide_values` holds in registers
 CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
 
@@ -177,13 +176,15 @@ def hide(s, start_a, start_b, first, head, site, CAUSAL: gl.constexpr):
         )
     start = gl.minimum(start_a, start_b)
     last = first + offset + ROWS - 1
-    if start < gl.maximum(last - window, last - reach) + 1:
+    if start <= last - window:
         low = i - window + 1
-        near = i - reach + 1
-        seen = n >= gl.where(n < BOX, low - start_a, low - start_b + BOX)
-        seen_near = n >= gl.where(n < BOX, near - start_a, near - start_b + BOX)
-        seen_sink = n < gl.where(n < BOX, sink - start_a, sink - start_b + BOX)
-        s = gl.where(seen & (seen_near | seen_sink), s, -float("inf"))
+        s = gl.where(n >= gl.where(n < BOX, low - start_a, low - start_b + BOX), s, -float("inf"))
+    if start <= last - reach:
+        # hidden are sink <= n < near: one comparison, if what lies below the sink wraps around
+        after_sink = n + gl.where(n < BOX, start_a - sink, start_b - BOX - sink)
+        gap = gl.maximum(i - reach + 1 - sink, 0)
+        hidden = after_sink.to(gl.uint32) < gap.to(gl.uint32)
+        s = gl.where(hidden, -float("inf"), s)
     return s
 
 
@@ -211,14 +212,19 @@ def hide_values(
     reach, sink = head
     length_q, _, offset, window = site
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    ROWS_AT_ONCE: gl.constexpr = 1024 // D  # one row a thread: few registers
     if has_unseen(start_a, first, head, site, CAUSAL) | has_unseen(
         start_b, first, head, site, CAUSAL
     ):
         mbarrier.wait(full, phase)
-        for c in gl.static_range(STEP // CHUNK):
-            part = v.slice(c * CHUNK, CHUNK)
-            start = start_a + c * CHUNK if c * CHUNK < BOX else start_b + c * CHUNK - BOX
-            n = start + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))
+        for c in gl.static_range(STEP // ROWS_AT_ONCE):
+            part = v.slice(c * ROWS_AT_ONCE, ROWS_AT_ONCE)
+            start = start_a if c * ROWS_AT_ONCE < BOX else start_b - BOX
+            n = (
+                start
+                + c * ROWS_AT_ONCE
+                + gl.arange(0, ROWS_AT_ONCE, layout=gl.SliceLayout(1, layout))
+            )
             blind = (n < first + offset - reach + 1) & (n >= sink)
             blind |= n < first + offset - window + 1
             if CAUSAL:

@@ -10,7 +10,7 @@ from torch import SymInt
 from torch.fx import Graph, Node
 
 from afbs_compile.kernels.dispatch import unsupported
-from afbs_compile.passes.sites import Call, value
+from afbs_compile.passes.sites import Call, recorded, value
 
 ENTER = {"_vmap_increment_nesting": "vmap", "_enter_autocast": "autocast"}
 LEAVE = {"_vmap_decrement_nesting": "vmap", "_exit_autocast": "autocast"}
@@ -40,6 +40,9 @@ def refusal(call: Call, region: str | None, min_length: int) -> str | None:
         return f"inside {region}"
     if not (isinstance(call.dropout_p, int | float) and call.dropout_p == 0):
         return "dropout"
+    nodes = [n for n in (call.query, call.key, call.value, call.attn_mask) if isinstance(n, Node)]
+    if len(nodes) < 3 or not all(isinstance(recorded(n), torch.Tensor) for n in nodes):
+        return "shapes are not recorded in the graph"
     tensors = [value(n) for n in (call.query, call.key, call.value)]
     return (
         shape_refusal(call, tensors)

@@ -14,6 +14,7 @@ from torch import SymInt, Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from afbs_compile.kernels.geometry import Mask
+from afbs_compile.passes.sites import recorded
 
 FACTORIES = frozenset(
     {torch.arange, torch.ones, torch.zeros, torch.full, torch.eye, torch.tensor, torch.linspace}
@@ -61,8 +62,7 @@ def ancestors(node: Node) -> set[Node]:
 def dependence(node: Node) -> str | None:
     """Why a mask with this ancestor is more than a function of sizes."""
     if node.op == "placeholder":
-        known = node.meta.get("example_value", node.meta.get("val"))
-        return None if isinstance(known, SymInt) else "mask depends on an input tensor"
+        return None if isinstance(recorded(node), SymInt) else "mask depends on an input tensor"
     if node.op == "get_attr":
         return "mask depends on a stored tensor"
     if node.op == "call_module":

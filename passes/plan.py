@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import SymInt
 from torch.fx import GraphModule, Node
 
@@ -96,7 +95,10 @@ def recognise(gm: GraphModule, call: Call, inputs: dict[Node, object]) -> MaskRu
     program = masks.extract(gm, call.attn_mask)
     if isinstance(program, str):
         return program
-    found = masks.evaluate(program, [hint(inputs[n]) for n in program.sizes])
+    sizes = [hint(inputs[n]) for n in program.sizes]
+    if None in sizes:
+        return "mask depends on a size that is known only at run time"
+    found = masks.evaluate(program, [int(n or 0) for n in sizes])
     mask = masks.classify(found)
     if mask is None:
         return "mask is neither causal nor a sliding window"
@@ -127,13 +129,9 @@ def site_of(call: Call, rule: MaskRule | None) -> Site:
     )
 
 
-def hint(size: object) -> int:
-    """The value of a size at compile time."""
+def hint(size: object) -> int | None:
+    """The value of a size at compile time; None if it depends on data."""
     if isinstance(size, SymInt):
         found = size.node.hint
-        if found is None:
-            raise ValueError(f"symbolic size {size} has no value yet")
-        return int(found)
-    if isinstance(size, torch.Tensor) or not isinstance(size, int):
-        raise TypeError(f"a size is {type(size).__name__}")
-    return size
+        return None if found is None else int(found)
+    return size if isinstance(size, int) else None

@@ -86,9 +86,18 @@ def dotted(source: str) -> str:
     return path.strip(".") or "model"
 
 
+def recorded(node: Node) -> Any:
+    """What Dynamo (or export) recorded as the value of a node, or None."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
 def value(node: Node) -> torch.Tensor:
-    """The fake tensor that Dynamo recorded for a node."""
-    found = node.meta.get("example_value", node.meta.get("val"))
+    """The fake tensor that Dynamo recorded for a node.
+
+    Raises:
+        TypeError: The node carries no tensor.
+    """
+    found = recorded(node)
     if not isinstance(found, torch.Tensor):
         raise TypeError(f"node {node.name} carries {type(found).__name__}, not a tensor")
     return found

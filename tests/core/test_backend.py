@@ -402,3 +402,14 @@ def test_inductor_compiles_the_rewritten_graph():
             dense = compiled(x)
     assert 0 < relative(out, eager(model, x)) < 0.3
     torch.testing.assert_close(dense, eager(model, x), atol=1e-5, rtol=1e-5)
+
+
+def test_fake_inputs_are_left_dense():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    graphs = []
+    torch.compile(Model(), backend=lambda gm, x: graphs.append((gm, x)) or gm.forward)(tokens())
+    ((gm, inputs),) = graphs
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        backend.afbs(gm, [mode.from_tensor(x) for x in inputs], options=OPTIONS)
+    assert all("no real inputs" in why for why in afbs_compile.explain().reasons)

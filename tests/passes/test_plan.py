@@ -208,3 +208,9 @@ def test_rewritten_graphs_compute_the_same(function, shape, mask, policy_tensor)
     targets = [n.target for n in new.graph.nodes]
     assert torch.ops.afbs.attention.default in targets
     assert F.scaled_dot_product_attention not in targets
+
+
+def test_graphs_without_recorded_shapes_are_refused():
+    gm = torch.fx.symbolic_trace(lambda q, k, v: F.scaled_dot_product_attention(q, k, v))
+    found = plan(gm, tensors(), 16)
+    assert list(found.refused.values()) == ["shapes are not recorded in the graph"]
