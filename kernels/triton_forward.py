@@ -2,7 +2,7 @@
 
 One program serves a tile of queries of one head: it walks the listed key blocks with an online
 softmax in base 2 (Milakov & Gimelshein, arXiv 1805.02867; FlashAttention-2, arXiv 2307.08691).
-The token mask is applied only in tiles that need it. The oracle is `kernels.reference`.
+The token mask is applied only in blocks that need it. The oracle is `kernels.reference`.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -43,6 +43,25 @@ def softmax_step(s, v, total, top, acc, scale_log2):
     total = total * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return total, top_new, acc
+
+
+@triton.jit
+def whole_blocks(list_row, count, last_seen, BLOCK_N: tl.constexpr):
+    """How many of the listed blocks end at or before `last_seen`; the list is ascending."""
+    block = tl.load(list_row + count - 1)
+    while (count > 0) & (block * BLOCK_N + BLOCK_N - 1 > last_seen):
+        count -= 1
+        block = tl.load(list_row + count - 1, mask=count > 0, other=0)
+    return count
+
+
+@triton.jit
+def load_rows(rows, d, D: tl.constexpr, D_PADDED: tl.constexpr):
+    """Rows of k or v that are all in bounds, padded with zeros to `D_PADDED` columns."""
+    if D == D_PADDED:
+        return tl.load(rows + d[None, :])
+    else:  # noqa: RET505  a compile-time branch
+        return tl.load(rows + d[None, :], mask=(d < D)[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -89,9 +108,22 @@ def forward_kernel(
     top = tl.full([TILE_M], LOWEST, tl.float32)
     acc = tl.zeros([TILE_M, D_PADDED], tl.float32)
 
+    # blocks that every row sees whole come first in the list, unless a window cuts their left
     PARTS: tl.constexpr = BLOCK_N // TILE_N
-    for t in range(0, tl.load(COUNTS + row) * PARTS):
-        start = tl.load(INDICES + row * blocks_k + t // PARTS) * BLOCK_N + t % PARTS * TILE_N
+    count = tl.load(COUNTS + row)
+    list_row = INDICES + row * blocks_k
+    whole = tl.where(windowed | (window < NO_WINDOW), 0, count)
+    if whole > 0:
+        whole = whole_blocks(list_row, whole, first_high, BLOCK_N)
+    for t in range(0, whole * PARTS):
+        start = tl.load(list_row + t // PARTS) * BLOCK_N + t % PARTS * TILE_N
+        n_rows = (start + tl.arange(0, TILE_N)).to(tl.int64)[:, None]
+        k = load_rows(k_head + n_rows * stride_kl, d, D, D_PADDED)
+        v = load_rows(v_head + n_rows * stride_vl, d, D, D_PADDED)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        total, top, acc = softmax_step(s, v, total, top, acc, scale_log2)
+    for t in range(whole * PARTS, count * PARTS):
+        start = tl.load(list_row + t // PARTS) * BLOCK_N + t % PARTS * TILE_N
         n = start + tl.arange(0, TILE_N)
         # a key that no row of the tile sees is never read: its NaN could leak through 0 * NaN
         inside = (n >= first + offset - reach + 1) | (n < sink)
@@ -101,12 +133,9 @@ def forward_kernel(
         k = tl.load(k_head + n_rows * stride_kl + d[None, :], mask=kv_mask, other=0.0)
         v = tl.load(v_head + n_rows * stride_vl + d[None, :], mask=kv_mask, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        full = (start + TILE_N - 1 <= first_high) & (start >= last + offset - window + 1)
-        full &= (start >= last + offset - reach + 1) | (start + TILE_N <= sink)
-        if not full:
-            seen = (n[None, :] >= near[:, None]) | (n < sink)[None, :]
-            seen &= (n[None, :] >= low[:, None]) & (n[None, :] <= high[:, None])
-            s = tl.where(seen, s, -float("inf"))
+        seen = (n[None, :] >= near[:, None]) | (n < sink)[None, :]
+        seen &= (n[None, :] >= low[:, None]) & (n[None, :] <= high[:, None])
+        s = tl.where(seen, s, -float("inf"))
         total, top, acc = softmax_step(s, v, total, top, acc, scale_log2)
 
     empty = total == 0.0
