@@ -79,7 +79,9 @@ def rows_of(length: int, causal: bool, dim: int, repeats: int) -> list[dict]:
 
     common = {"head_dim": dim, "length": length, "causal": causal, "heads": HEADS,
               "kv_heads": HEADS, "batch": 1, "dtype": "bfloat16", "ratio_flex": None,
-              "ratio_fa4": None, "kernel": "triton"}  # fmt: skip
+              "ratio_fa4": None}  # fmt: skip
+    chosen_forward = dispatch.gpu_forward(q, k, v, **blocks)
+    kernel = "gluon" if "gluon" in chosen_forward.__module__ else "triton"
     rows = []
     for kept in KEPT:
         counts, indices, share = random_lists(length, causal, kept)
@@ -88,7 +90,10 @@ def rows_of(length: int, causal: bool, dim: int, repeats: int) -> list[dict]:
         chosen = policy(tau)
         calls = {
             "cudnn": cudnn,
-            "forward": lambda c=counts, i=indices, p=everything: triton_forward.forward(
+            "portable": lambda c=counts, i=indices, p=everything: triton_forward.forward(
+                q, k, v, c, i, p, **site, **blocks
+            ),
+            "forward": lambda c=counts, i=indices, p=everything: chosen_forward(
                 q, k, v, c, i, p, **site, **blocks
             ),
             "selection": lambda p=chosen: triton_selection.select(
@@ -97,10 +102,12 @@ def rows_of(length: int, causal: bool, dim: int, repeats: int) -> list[dict]:
             "whole_op": lambda p=chosen: dispatch.attention(q, k, v, p, selector="sub8", **site),
         }
         times = interleaved(calls, repeats)
-        for case in ("forward", "selection", "whole_op"):
+        for case in ("portable", "forward", "selection", "whole_op"):
             median, spread = ratio(times["cudnn"], times[case])
             row = common | {
-                "case": case, "kept": share if case == "forward" else selected,
+                "case": "forward" if case == "portable" else case,
+                "kernel": kernel if case in ("forward", "whole_op") else "triton",
+                "kept": share if case in ("forward", "portable") else selected,
                 "ours_ms": sorted(times[case])[repeats // 2],
                 "cudnn_ms": sorted(times["cudnn"])[repeats // 2],
                 "ratio_cudnn": median, "spread": spread,
@@ -121,7 +128,7 @@ def main() -> None:
     rows = [r for n, causal in shapes for r in rows_of(n, causal, 128, 7)]
     if not quick:
         rows += [r for causal in (False, True) for r in rows_of(16384, causal, 64, 7)]
-    print(write("attention_portable", rows))
+    print(write("attention", rows))
 
 
 if __name__ == "__main__":

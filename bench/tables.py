@@ -56,7 +56,7 @@ def attention(document: dict) -> str:
     return "\n".join([*lines, "", everything, origin(document)])
 
 
-TABLES = {"demo": ("demo_cpu", demo), "attention": ("attention_portable", attention)}
+TABLES = {"demo": ("demo_cpu", demo), "attention": ("attention", attention)}
 
 
 def rendered(text: str) -> str:

@@ -3,7 +3,8 @@
 | device | selection | attention | blocks |
 |---|---|---|---|
 | CPU | compiled torch | compiled FlexAttention | 64 × 64 |
-| CUDA with Triton | Triton | Triton | 128 × 64 |
+| Hopper, Triton 3.6 to 3.8 | Triton | Gluon for half precision, head dim 64 or 128 | 128 × 64 |
+| other CUDA | Triton | Triton | 128 × 64 |
 Calls shorter than `min_length` go to SDPA: there is nothing to win. The choice depends on sizes
 and device only, which the host knows: no synchronisation.
 """
@@ -69,24 +70,34 @@ def attention(
     if q.shape[2] < min_length:
         return dense(q, k, v, mask=mask, scale=scale)
     block_m, block_n = block_sizes(q.device.type)
+    blocks = {"block_m": block_m, "block_n": block_n}
     if q.device.type == "cuda":
-        from afbs_compile.kernels import triton_forward, triton_selection
+        from afbs_compile.kernels import triton_selection
 
         counts, indices = triton_selection.select(
-            q, k, policy, mask=mask, scale=scale, selector=selector,
-            block_m=block_m, block_n=block_n,
-        )  # fmt: skip
-        return triton_forward.forward(
-            q, k, v, counts, indices, policy, mask=mask, scale=scale,
-            block_m=block_m, block_n=block_n,
-        )[0]  # fmt: skip
+            q, k, policy, mask=mask, scale=scale, selector=selector, **blocks
+        )
+        run = gpu_forward(q, k, v, **blocks)
+        return run(q, k, v, counts, indices, policy, mask=mask, scale=scale, **blocks)[0]
     counts, indices = selection.select(
         q, k, policy, mask=mask, scale=scale, selector=selector,
-        block_m=block_m, block_n=block_n, core=fused_scores(q, k, selector),
+        core=fused_scores(q, k, selector), **blocks,
     )  # fmt: skip
-    return flex.forward(
-        q, k, v, counts, indices, policy, mask=mask, scale=scale, block_m=block_m, block_n=block_n
-    )
+    return flex.forward(q, k, v, counts, indices, policy, mask=mask, scale=scale, **blocks)
+
+
+def gpu_forward(
+    q: Tensor, k: Tensor, v: Tensor, *, block_m: int, block_n: int
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The attention kernel for a call on a GPU: Gluon's on Hopper where it fits, else Triton's."""
+    from afbs_compile.kernels import gluon_shim, triton_forward
+
+    if gluon_shim.available(q.device) is None:
+        from afbs_compile.kernels import gluon_forward
+
+        if gluon_forward.supported(q, k, v, block_m=block_m, block_n=block_n) is None:
+            return gluon_forward.forward
+    return triton_forward.forward
 
 
 def fused_scores(q: Tensor, k: Tensor, selector: str) -> Callable[..., Tensor]:

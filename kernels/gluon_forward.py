@@ -1,9 +1,8 @@
 """How is the Gluon kernel launched? The block-sparse forward for Hopper, over views as they are.
 
 TMA reads q, k, v through 4-D descriptors with their real strides and fills what lies past the end
-with zeros; so no copy and no padding. The kernel is `kernels.gluon_kernel`, the oracle
-`kernels.reference`. The PV skip (policy column LAMBDA) is not done here: it never changes what is
-correct, only what is cheap.
+with zeros: no copy, no padding. The kernel is `kernels.gluon_kernel`, the oracle
+`kernels.reference`. Policy column LAMBDA is not read: no P·V is skipped here.
 """
 
 import functools

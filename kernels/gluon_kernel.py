@@ -19,72 +19,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from afbs_compile.kernels.triton_common import (
-    COLUMNS,
-    LENGTHS,
-    LN2,
-    LOWEST,
-    MODE,
-    SINK,
-    UNLIMITED,
-    WINDOW,
-    WINDOWED,
-)
+from afbs_compile.kernels.gluon_mask import BOX, ROWS, STEP, TILE, hide, hide_values, own_window
+from afbs_compile.kernels.gluon_ring import announce, barriers_for, get, next_tile, place, put
+from afbs_compile.kernels.triton_common import LENGTHS, LN2, LOWEST
 
-# the names of Triton 3.6, and what 3.7 and 3.9 call them
-thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+# the names of Triton 3.6, and what 3.9 calls them
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-NO_WINDOW = gl.constexpr(UNLIMITED)
 CONSUMERS = gl.constexpr(2)
-ROWS = gl.constexpr(64)  # queries of one consumer
-TILE = gl.constexpr(128)  # queries of a tile
-BOX = gl.constexpr(64)  # keys of a list entry
-STEP = gl.constexpr(128)  # keys of a step
 CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
-
-
-@gluon.jit
-def put(slot, value):
-    """The producer warp writes one integer into shared memory."""
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    slot.store(gl.full([1], value, gl.int32, one))
-
-
-@gluon.jit
-def get(slot):
-    """A consumer reads one integer from shared memory."""
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    return gl.max(slot.load(one), axis=0)
-
-
-@gluon.jit
-def place(tile, heads, blocks_q):
-    """Batch, head and first query of a tile. Head-major; the longest causal rows start first."""
-    head = tile // blocks_q
-    return head // heads, head % heads, (blocks_q - 1 - tile % blocks_q) * TILE
-
-
-@gluon.jit
-def announce(tile, steps, turn, tiles, tiles_full, tiles_empty):
-    """Tell the consumers the next tile and its number of steps."""
-    slot = turn % 2
-    mbarrier.wait(tiles_empty.index(slot), ((turn // 2) & 1) ^ 1)
-    put(tiles.index(2 * slot), tile)
-    put(tiles.index(2 * slot + 1), steps)
-    mbarrier.arrive(tiles_full.index(slot), count=1)
-
-
-@gluon.jit
-def next_tile(turn, tiles, tiles_full, tiles_empty):
-    """What `announce` told: the tile and its number of steps."""
-    slot = turn % 2
-    mbarrier.wait(tiles_full.index(slot), (turn // 2) & 1)
-    tile = get(tiles.index(2 * slot))
-    steps = get(tiles.index(2 * slot + 1))
-    mbarrier.arrive(tiles_empty.index(slot), count=1)
-    return tile, steps
 
 
 @gluon.jit
@@ -142,97 +86,6 @@ def produce(
         turn += 1
         tile = following
     announce(tile, 0, turn, tiles, tiles_full, tiles_empty)
-
-
-@gluon.jit
-def own_window(policy, h):
-    """Reach and sink of a head's own window, in keys; a head without one reaches everything."""
-    windowed = gl.load(policy + h * COLUMNS + MODE) == WINDOWED
-    reach = gl.load(policy + h * COLUMNS + WINDOW).to(gl.int32)
-    sink = gl.load(policy + h * COLUMNS + SINK).to(gl.int32)
-    return gl.where(windowed, reach, NO_WINDOW), sink
-
-
-@gluon.jit
-def hide(s, start_a, start_b, first, head, site, CAUSAL: gl.constexpr):
-    """Scores `s` of the queries from `first` on, −inf where a query may not see the key.
-
-    Query i sees low <= n <= high, and of these in a windowed head only near <= n or n < sink.
-    Positions are taken from the start of the key's own box: only the limits differ by box.
-    """
-    reach, sink = head
-    _, length_k, offset, window = site
-    n = gl.arange(0, STEP, layout=gl.SliceLayout(0, s.type.layout))[None, :]
-    i = first + offset + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))[:, None]
-    first_high = length_k - 1
-    if CAUSAL:
-        first_high = gl.minimum(first_high, first + offset)
-    if gl.maximum(start_a, start_b) + BOX - 1 > first_high:
-        high = i * 0 + length_k - 1
-        if CAUSAL:
-            high = gl.minimum(high, i)
-        s = gl.where(
-            n <= gl.where(n < BOX, high - start_a, high - start_b + BOX), s, -float("inf")
-        )
-    start = gl.minimum(start_a, start_b)
-    last = first + offset + ROWS - 1
-    if start <= last - window:
-        low = i - window + 1
-        s = gl.where(n >= gl.where(n < BOX, low - start_a, low - start_b + BOX), s, -float("inf"))
-    if start <= last - reach:
-        # hidden are sink <= n < near: one comparison, if what lies below the sink wraps around
-        after_sink = n + gl.where(n < BOX, start_a - sink, start_b - BOX - sink)
-        gap = gl.maximum(i - reach + 1 - sink, 0)
-        hidden = after_sink.to(gl.uint32) < gap.to(gl.uint32)
-        s = gl.where(hidden, -float("inf"), s)
-    return s
-
-
-@gluon.jit
-def has_unseen(start, first, head, site, CAUSAL: gl.constexpr):
-    """Does the box at `start` hold a key that no query of the tile from `first` on sees?"""
-    reach, sink = head
-    length_q, length_k, offset, window = site
-    found = start < first + offset - window + 1
-    found |= gl.maximum(start, sink) < gl.minimum(start + BOX, first + offset - reach + 1)
-    if CAUSAL:
-        end = gl.minimum(first + TILE, length_q) + offset
-        found |= gl.maximum(start, end) < gl.minimum(start + BOX, length_k)
-    return found
-
-
-@gluon.jit
-def hide_values(
-    v, full, phase, start_a, start_b, first, head, site, D: gl.constexpr, CAUSAL: gl.constexpr
-):
-    """Zero the values of a stage that no query of the tile sees: 0 times their NaN is NaN.
-
-    Both consumers write the same bytes, so neither waits for the other.
-    """
-    reach, sink = head
-    length_q, _, offset, window = site
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    ROWS_AT_ONCE: gl.constexpr = 1024 // D  # one row a thread: few registers
-    if has_unseen(start_a, first, head, site, CAUSAL) | has_unseen(
-        start_b, first, head, site, CAUSAL
-    ):
-        mbarrier.wait(full, phase)
-        for c in gl.static_range(STEP // ROWS_AT_ONCE):
-            part = v.slice(c * ROWS_AT_ONCE, ROWS_AT_ONCE)
-            start = start_a if c * ROWS_AT_ONCE < BOX else start_b - BOX
-            n = (
-                start
-                + c * ROWS_AT_ONCE
-                + gl.arange(0, ROWS_AT_ONCE, layout=gl.SliceLayout(1, layout))
-            )
-            blind = (n < first + offset - reach + 1) & (n >= sink)
-            blind |= n < first + offset - window + 1
-            if CAUSAL:
-                blind |= n >= gl.minimum(first + TILE, length_q) + offset
-            x = part.load(layout)
-            part.store(gl.where(blind[:, None], gl.zeros_like(x), x))
-        fence_async_shared()
-        thread_barrier()
 
 
 @gluon.jit
@@ -334,15 +187,6 @@ def consume(
         write(acc, top, total, o_desc, o_s.index(cid), b, h, first, lse, heads, site[0])
         tile, steps = next_tile(turn, tiles, tiles_full, tiles_empty)
     tma.store_wait(0)
-
-
-@gluon.jit
-def barriers_for(count: gl.constexpr, arrivals: gl.constexpr):
-    """`count` barriers, each complete after `arrivals` arrivals."""
-    made = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(count):
-        mbarrier.init(made.index(i), count=arrivals)
-    return made
 
 
 @gluon.jit(do_not_specialize=[*LENGTHS, "total_tiles"])
