@@ -1,14 +1,10 @@
 """Does the Triton forward agree with the oracle? On a GPU, or in the interpreter without one."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
 from afbs_compile.kernels import lists, reference, triton_common, triton_forward

@@ -1,14 +1,10 @@
 """Does the Triton selection keep the oracle's blocks? On a GPU, or interpreted without one."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
 from afbs_compile.kernels import lists, selection, triton_common, triton_selection
