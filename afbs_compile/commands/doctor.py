@@ -106,8 +106,19 @@ def device() -> Iterator[Finding]:
     found = version("triton") or "not installed"
     step = "" if has_triton else "run `pip install triton`"
     yield Finding("triton", has_triton, kind == "cuda", found, step)
-    path = "Triton" if kind == "cuda" else "compiled FlexAttention"
-    yield Finding("kernels", has_triton or kind == "cpu", True, path)
+    yield Finding("kernels", has_triton or kind == "cpu", True, kernel_path(kind))
+
+
+def kernel_path(kind: str) -> str:
+    """Which kernels a call takes here, and why not the faster ones."""
+    if kind == "cpu":
+        return "compiled FlexAttention"
+    from afbs_compile.kernels.gluon_shim import available
+
+    reason = available()
+    return (
+        f"Triton ({reason})" if reason else "Gluon for half precision, head dim 64 or 128; Triton"
+    )
 
 
 def compiler() -> Finding:
