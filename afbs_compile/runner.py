@@ -26,7 +26,7 @@ from afbs_compile.options import Options
 from afbs_compile.passes.plan import Plan
 from afbs_compile.passes.rewrite import Site
 from afbs_compile.passes.sites import dotted, value
-from afbs_compile.policy import Policy, Tuning
+from afbs_compile.policy import Policy, Tuning, bucket_of
 from afbs_compile.policy_tensor import to_tensor
 from afbs_compile.source import LOCK, Unusable, resolve
 
@@ -87,7 +87,8 @@ class Runner:
         self.dense: Callable[..., Any] = torch.compile(
             gm, dynamic=True
         )  # compiles when first used
-        self.policies: dict[tuple[Weights, Sizes], Tensor | None] = {}
+        self.policies: dict[tuple[Weights, Any], Tensor | None] = {}  # by weights and `Sizes`
+        self.buckets: dict[tuple[Weights, Any], Tensor | None] = {}  # by weights and bucket
         self.keys: dict[Weights, str] = {}
         self.given: dict[str, Policy] = {}
         RUNNERS.add(self)
@@ -102,7 +103,9 @@ class Runner:
         if not self.shapes.positions:
             self.sites = gains
         policy = self.tensor(tuning) if tuning and gains else None
-        self.policies[self.weights(args), self.shapes.sizes(args)] = policy
+        weights, sizes = self.weights(args), self.shapes.sizes(args)
+        self.policies[weights, sizes] = policy
+        self.buckets[weights, bucket_of(self.shapes.length(sizes))] = policy
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph; the arguments are those of Dynamo's graph."""
@@ -120,18 +123,25 @@ class Runner:
         """The policy tensor for a call not seen before; None if it is better off dense."""
         with LOCK:
             if call not in self.policies:
-                self.policies[call] = self.find(call[1], args)
+                self.policies[call] = self.find(call, args)
             return self.policies[call]
 
-    def find(self, sizes: Sizes, args: Sequence[Any]) -> Tensor | None:
-        """Check the masks, then look the tuning up."""
-        length = self.shapes.length(sizes)
+    def find(self, call: tuple[Weights, Sizes], args: Sequence[Any]) -> Tensor | None:
+        """Check the masks, then look the length bucket up."""
+        length = self.shapes.length(call[1])
         for rule in self.rules:
             if not rule.holds([args[self.place[node]] for node in rule.program.sizes]):
                 warn(f"a mask changes its form at {length} tokens; such calls run dense")
                 return None
         if length < self.options.min_length:
             return self.all_dense()
+        slot = call[0], bucket_of(length)
+        if slot not in self.buckets:
+            self.buckets[slot] = self.tuned(args, length)
+        return self.buckets[slot]
+
+    def tuned(self, args: Sequence[Any], length: int) -> Tensor | None:
+        """The policy tensor of a call's length bucket; None if nothing gains."""
         try:
             tuning = self.tuning(args, length)
         except Unusable:
@@ -183,14 +193,21 @@ class Runner:
         with LOCK:
             self.given[policy.model] = policy
             self.policies.clear()
+            self.buckets.clear()
 
 
 def forget(runner: "weakref.ref[Runner]", weights: Weights) -> None:
     """Drop what a runner knows of weights that are gone."""
     if alive := runner():
         alive.keys.pop(weights, None)
-        for call in [c for c in list(alive.policies) if c[0] == weights]:
-            alive.policies.pop(call, None)
+        purge(alive.policies, weights)
+        purge(alive.buckets, weights)
+
+
+def purge(known: dict[tuple[Weights, Any], Tensor | None], weights: Weights) -> None:
+    """Drop the entries of some weights."""
+    for call in [c for c in list(known) if c[0] == weights]:
+        known.pop(call, None)
 
 
 def weight_names(gm: GraphModule, inputs: Sequence[Any]) -> dict[int, str]:
