@@ -28,6 +28,7 @@ from afbs_compile.passes.rewrite import Site
 from afbs_compile.passes.sites import dotted, value
 from afbs_compile.policy import Policy, Tuning, bucket_of
 from afbs_compile.policy_tensor import to_tensor
+from afbs_compile.report import JOURNAL, SiteReport
 from afbs_compile.source import LOCK, Unusable, resolve
 
 Sizes = tuple[int, ...]
@@ -144,7 +145,8 @@ class Runner:
         """The policy tensor of a call's length bucket; None if nothing gains."""
         try:
             tuning = self.tuning(args, length)
-        except Unusable:
+        except Unusable as reason:
+            JOURNAL.add_sites([SiteReport(s.name, "dense", str(reason)) for s in self.sites])
             return None
         return self.tensor(tuning) if self.gains(tuning) else None
 
