@@ -4,7 +4,7 @@ Persistent and warp-specialised (FlashAttention-3, arXiv 2407.08608): one produc
 tiles from an atomic counter and copies Q, K, V by TMA; two consumer warpgroups own 64 of a tile's
 128 queries each and overlap Q·Kᵀ of one step with P·V of the one before. A step is 128 keys: two
 listed boxes of 64. Lists are read from the end, so the diagonal, and the missing half of an odd
-list, come first. The token mask costs only the steps that need it.
+list, come first. Steps that need the token mask run in a loop of their own.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -19,82 +19,58 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from afbs_compile.kernels.gluon_mask import BOX, ROWS, STEP, TILE, hide, hide_values, own_window
-from afbs_compile.kernels.gluon_ring import announce, barriers_for, get, next_tile, place, put
-from afbs_compile.kernels.triton_common import LENGTHS, LN2, LOWEST
+from afbs_compile.kernels.gluon_mask import ROWS, STEP, hide, hide_values, own_window
+from afbs_compile.kernels.gluon_producer import CONSUMERS, produce
+from afbs_compile.kernels.gluon_ring import barriers_for, get, next_tile, phase_of, place
+from afbs_compile.kernels.gluon_softmax import pack, partial_sums, unpack, weigh
+from afbs_compile.kernels.triton_common import COLUMNS, LENGTHS, LN2, LOWEST
 
-# the names of Triton 3.6, and what 3.9 calls them
-tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+# the name of Triton 3.6, and what 3.9 calls it
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-CONSUMERS = gl.constexpr(2)
 CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
 
 
 @gluon.jit
-def copy_step(desc, b, h, start_a, start_b, full, stage):
-    """Copy the two boxes of a step into one stage; keys past the end arrive as zeros."""
-    low = stage.slice(0, BOX)
-    high = stage.slice(BOX, BOX)
-    mbarrier.expect(full, 2 * desc.block_type.nbytes)
-    tma_load(desc, [b, h, start_a, 0], full, low)
-    tma_load(desc, [b, h, start_b, 0], full, high)
-
-
-@gluon.jit
-def produce(
-    q_desc, k_desc, v_desc, q_s, k_s, v_s, rings, barriers, counts, indices, counter, tiling,
-    group, blocks_k, STAGES: gl.constexpr,
+def overlap(
+    q, k_s, v_s, barriers, starts, step, acc, p, top, total, scale_log2,
+    nothing, first, cid: gl.constexpr, policy, site, D: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """The producer warp: tiles, then the listed boxes of each, from the end of its list."""
-    starts, tiles = rings
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, tiles_full, tiles_empty = barriers
-    total_tiles, heads, blocks_q = tiling
-    step = 0
-    turn = 0
-    tile = gl.program_id(0)
-    while tile < total_tiles:
-        following = gl.atomic_add(counter, 1) + gl.num_programs(0)
-        b, h, first = place(tile, heads, blocks_q)
-        row = (b * heads + h) * blocks_q + first // TILE
-        count = gl.load(counts + row)
-        steps = gl.maximum((count + 1) // 2, 1)
-        announce(tile, steps, turn, tiles, tiles_full, tiles_empty)
-        mbarrier.wait(q_empty.index(0), (turn & 1) ^ 1)
-        mbarrier.expect(q_full.index(0), CONSUMERS * q_desc.block_type.nbytes)
-        for c in gl.static_range(CONSUMERS):
-            tma_load(q_desc, [b, h, first + c * ROWS, 0], q_full.index(0), q_s.index(c))
-        listed = indices + row.to(gl.int64) * blocks_k
-        for i in range(steps):
-            at = 2 * (steps - 1 - i)
-            # a half that is not listed lies past the last key: zeros, and the mask hides them
-            start_a = gl.load(listed + at, mask=at < count, other=blocks_k) * BOX
-            start_b = gl.load(listed + at + 1, mask=at + 1 < count, other=blocks_k) * BOX
-            stage = step % STAGES
-            free = ((step // STAGES) & 1) ^ 1
-            mbarrier.wait(k_empty.index(stage), free)
-            put(starts.index(2 * stage), start_a)
-            put(starts.index(2 * stage + 1), start_b)
-            copy_step(
-                k_desc, b, h // group, start_a, start_b, k_full.index(stage), k_s.index(stage)
-            )
-            mbarrier.wait(v_empty.index(stage), free)
-            copy_step(
-                v_desc, b, h // group, start_a, start_b, v_full.index(stage), v_s.index(stage)
-            )
-            step += 1
-        turn += 1
-        tile = following
-    announce(tile, 0, turn, tiles, tiles_full, tiles_empty)
-
-
-@gluon.jit
-def weigh(s, top, total, scale_log2):
-    """Online softmax in base 2: weights, new maximum, new sum, factor that shrinks the past."""
-    top_new = gl.maximum(top, gl.max(s, 1) * scale_log2)
-    p = gl.exp2(gl.fma(s, scale_log2, -top_new[:, None]))
-    shrink = gl.exp2(top - top_new)
-    return p, top_new, gl.fma(total, shrink, gl.sum(p, 1)), shrink
+    """P·V of one step while the scores of the next are made; the next step's weights come out."""
+    _, _, k_full, k_empty, v_full, v_empty, _, _ = barriers
+    o_row: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
+    at = step & (STAGES - 1)
+    next_at = (step + 1) & (STAGES - 1)
+    next_phase = phase_of(step + 1, STAGES)
+    mbarrier.wait(k_full.index(next_at), next_phase)
+    k = k_s.index(next_at).permute((1, 0))
+    s_pending = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(at), phase_of(step, STAGES))
+    o_pending = warpgroup_mma(unpack(p, v_s.dtype, p_layout), v_s.index(at), acc, is_async=True)
+    if MASKED:
+        start_a = get(starts.index(2 * next_at))
+        start_b = get(starts.index(2 * next_at + 1))
+        head = own_window(policy, 0)
+    if MASKED:  # wait for both: the mask needs the registers that P holds
+        acc, s = warpgroup_mma_wait(0, deps=[o_pending, s_pending])
+        mbarrier.arrive(k_empty.index(next_at), count=1)
+        mbarrier.arrive(v_empty.index(at), count=1)
+        s = hide(s, start_a, start_b, first, head, site, CAUSAL)
+        weights, top, total, shrink = weigh(s, top, total, scale_log2)
+    else:
+        s = warpgroup_mma_wait(1, deps=[s_pending])
+        mbarrier.arrive(k_empty.index(next_at), count=1)
+        weights, top, total, shrink = weigh(s, top, total, scale_log2)
+        acc = warpgroup_mma_wait(0, deps=[o_pending])
+        mbarrier.arrive(v_empty.index(at), count=1)
+    acc = acc * gl.convert_layout(shrink, o_row)[:, None]
+    p_next = pack(weights, v_s.dtype)
+    if MASKED:
+        hide_values(v_s.index(next_at), v_full.index(next_at), next_phase, start_a, start_b,
+                    first - cid * ROWS, head, site, D, CAUSAL)  # fmt: skip
+    return acc, p_next, top, total
 
 
 @gluon.jit
@@ -125,21 +101,20 @@ def consume(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
     q = q_s.index(cid)
     step = 0
     turn = 0
-    tile, steps = next_tile(turn, tiles, tiles_full, tiles_empty)
+    tile, steps, masked = next_tile(turn, tiles, tiles_full, tiles_empty)
     while tile < total_tiles:
         b, h, tile_first = place(tile, heads, blocks_q)
         first = tile_first + cid * ROWS
         head = own_window(policy, h)
         nothing = gl.zeros([ROWS, STEP], gl.float32, s_layout)
         top = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, s_layout))
-        total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, s_layout))
+        total = partial_sums(nothing)
 
-        at = step % STAGES
-        phase = (step // STAGES) & 1
+        at = step & (STAGES - 1)
+        phase = phase_of(step, STAGES)
         mbarrier.wait(q_full.index(0), turn & 1)
         mbarrier.wait(k_full.index(at), phase)
         k = k_s.index(at).permute((1, 0))
@@ -149,43 +124,36 @@ def consume(
         s = warpgroup_mma_wait(0, deps=[s_pending])
         mbarrier.arrive(k_empty.index(at), count=1)
         s = hide(s, start_a, start_b, first, head, site, CAUSAL)
-        p, top, total, shrink = weigh(s, top, total, scale_log2)
-        p = gl.convert_layout(p.to(o_desc.dtype), p_layout)
+        p, top, total, _ = weigh(s, top, total, scale_log2)
+        p = pack(p, o_desc.dtype)
         hide_values(v_s.index(at), v_full.index(at), phase, start_a, start_b, tile_first, head,
                     site, D, CAUSAL)  # fmt: skip
         acc = gl.zeros([ROWS, D], gl.float32, o_layout)
-        for _ in range(1, steps):
-            next_at = (step + 1) % STAGES
-            next_phase = ((step + 1) // STAGES) & 1
-            at = step % STAGES
-            mbarrier.wait(k_full.index(next_at), next_phase)
-            k = k_s.index(next_at).permute((1, 0))
-            s_pending = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(at), (step // STAGES) & 1)
-            o_pending = warpgroup_mma(p, v_s.index(at), acc, is_async=True)
-            start_a = get(starts.index(2 * next_at))
-            start_b = get(starts.index(2 * next_at + 1))
-            s = warpgroup_mma_wait(1, deps=[s_pending])
-            mbarrier.arrive(k_empty.index(next_at), count=1)
-            s = hide(s, start_a, start_b, first, head, site, CAUSAL)
-            p, top, total, shrink = weigh(s, top, total, scale_log2)
-            acc = warpgroup_mma_wait(0, deps=[o_pending])
-            mbarrier.arrive(v_empty.index(at), count=1)
-            acc = acc * gl.convert_layout(shrink, o_row)[:, None]
-            p = gl.convert_layout(p.to(o_desc.dtype), p_layout)
-            hide_values(v_s.index(next_at), v_full.index(next_at), next_phase, start_a, start_b,
-                        tile_first, head, site, D, CAUSAL)  # fmt: skip
+        for _ in range(1, masked):
+            acc, p, top, total = overlap(
+                q, k_s, v_s, barriers, starts, step, acc, p, top, total, scale_log2, nothing,
+                first, cid, policy + h * COLUMNS, site, D, STAGES, CAUSAL, True,
+            )  # fmt: skip
+            step += 1
+        for _ in range(masked, steps):
+            acc, p, top, total = overlap(
+                q, k_s, v_s, barriers, starts, step, acc, p, top, total, scale_log2, nothing,
+                first, cid, policy + h * COLUMNS, site, D, STAGES, CAUSAL, False,
+            )  # fmt: skip
             step += 1
         mbarrier.arrive(q_empty.index(0), count=1)
-        at = step % STAGES
-        mbarrier.wait(v_full.index(at), (step // STAGES) & 1)
-        o_pending = warpgroup_mma(p, v_s.index(at), acc, is_async=True)
+        at = step & (STAGES - 1)
+        mbarrier.wait(v_full.index(at), phase_of(step, STAGES))
+        o_pending = warpgroup_mma(
+            unpack(p, v_s.dtype, p_layout), v_s.index(at), acc, is_async=True
+        )
         acc = warpgroup_mma_wait(0, deps=[o_pending])
         mbarrier.arrive(v_empty.index(at), count=1)
         step += 1
         turn += 1
+        total = gl.convert_layout(gl.sum(total, 1), top.type.layout)
         write(acc, top, total, o_desc, o_s.index(cid), b, h, first, lse, heads, site[0])
-        tile, steps = next_tile(turn, tiles, tiles_full, tiles_empty)
+        tile, steps, masked = next_tile(turn, tiles, tiles_full, tiles_empty)
     tma.store_wait(0)
 
 
@@ -203,10 +171,10 @@ def forward_kernel(
     k_s = gl.allocate_shared_memory(dtype, [STAGES, STEP, D], shared)
     v_s = gl.allocate_shared_memory(dtype, [STAGES, STEP, D], shared)
     o_s = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, D], shared)
-    # where the two boxes of each stage start; the next two tiles with their numbers of steps
+    # where the two boxes of each stage start; what `announce` tells of the next two tiles
     rings = (
         gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], plain),
-        gl.allocate_shared_memory(gl.int32, [4, 1], plain),
+        gl.allocate_shared_memory(gl.int32, [6, 1], plain),
     )
     barriers = (
         barriers_for(1, 1), barriers_for(1, CONSUMERS),
@@ -223,7 +191,7 @@ def forward_kernel(
             (consume, (1, o_desc, q_s, k_s, v_s, o_s, rings, barriers, policy, lse, scale_log2,
                        tiling, site, D, STAGES, CAUSAL)),
             (produce, (q_desc, k_desc, v_desc, q_s, k_s, v_s, rings, barriers, counts, indices,
-                       counter, tiling, group, blocks_k, STAGES)),
+                       counter, policy, tiling, site, group, blocks_k, STAGES, CAUSAL)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

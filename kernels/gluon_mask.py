@@ -30,6 +30,25 @@ def own_window(policy, h):
 
 
 @gluon.jit
+def masked_steps(listed, steps, first, head, site, CAUSAL: gl.constexpr):
+    """How many of the steps, from the end of the list, some query of the tile sees in part.
+
+    The first step always counts: it may hold half a step, or an empty list.
+    """
+    reach, _ = head
+    _, length_k, offset, window = site
+    first_high = length_k - 1
+    if CAUSAL:
+        first_high = gl.minimum(first_high, first + offset)
+    masked = gl.where((reach < NO_WINDOW) | (window < NO_WINDOW), steps, 1)
+    last = gl.load(listed + 2 * (steps - masked) - 1, mask=masked < steps, other=0)
+    while (masked < steps) & (last * BOX + BOX - 1 > first_high):
+        masked += 1
+        last = gl.load(listed + 2 * (steps - masked) - 1, mask=masked < steps, other=0)
+    return masked
+
+
+@gluon.jit
 def hide(s, start_a, start_b, first, head, site, CAUSAL: gl.constexpr):
     """Scores `s` of the queries from `first` on, −inf where a query may not see the key.
 

@@ -36,6 +36,12 @@ def get(slot):
 
 
 @gluon.jit
+def phase_of(step, STAGES: gl.constexpr):
+    """Parity of the round through a ring of `STAGES` slots, a power of two."""
+    return ((step & STAGES) != 0).to(gl.int32)
+
+
+@gluon.jit
 def place(tile, heads, blocks_q):
     """Batch, head and first query of a tile. Head-major; the longest causal rows start first."""
     head = tile // blocks_q
@@ -43,21 +49,23 @@ def place(tile, heads, blocks_q):
 
 
 @gluon.jit
-def announce(tile, steps, turn, tiles, tiles_full, tiles_empty):
-    """Tell the consumers the next tile and its number of steps."""
+def announce(tile, steps, masked, turn, tiles, tiles_full, tiles_empty):
+    """Tell the consumers the next tile, its number of steps, and how many of these need a mask."""
     slot = turn % 2
     mbarrier.wait(tiles_empty.index(slot), ((turn // 2) & 1) ^ 1)
-    put(tiles.index(2 * slot), tile)
-    put(tiles.index(2 * slot + 1), steps)
+    put(tiles.index(3 * slot), tile)
+    put(tiles.index(3 * slot + 1), steps)
+    put(tiles.index(3 * slot + 2), masked)
     mbarrier.arrive(tiles_full.index(slot), count=1)
 
 
 @gluon.jit
 def next_tile(turn, tiles, tiles_full, tiles_empty):
-    """What `announce` told: the tile and its number of steps."""
+    """What `announce` told: the tile, its number of steps, and how many of these need a mask."""
     slot = turn % 2
     mbarrier.wait(tiles_full.index(slot), (turn // 2) & 1)
-    tile = get(tiles.index(2 * slot))
-    steps = get(tiles.index(2 * slot + 1))
+    tile = get(tiles.index(3 * slot))
+    steps = get(tiles.index(3 * slot + 1))
+    masked = get(tiles.index(3 * slot + 2))
     mbarrier.arrive(tiles_empty.index(slot), count=1)
-    return tile, steps
+    return tile, steps, masked

@@ -23,6 +23,7 @@ CASES = [
     for dtype in ("bfloat16", "float16")
     for causal in (False, True)
 ]
+LOOPS = 2 * 2  # two consumers, each with a masked loop and one without
 QUICK = (128, "bfloat16", True)
 
 
@@ -36,9 +37,15 @@ def check(case, tmp_path):
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
-    # two consumers, each with a first step, a loop body and a last P·V; one instruction is 16 deep
-    assert found["HGMMA"] == 2 * 2 * (case[0] + 128) // 16
-    assert found["LDL"] == found["STL"] == 0
+    # two consumers, each with a first Q·K, two loop bodies, a last P·V; one instruction is 16 deep
+    per_step = (case[0] + 128) // 16
+    assert found["HGMMA"] == 2 * 3 * per_step
+    assert found["loops"] == LOOPS
+    # nothing spills in a loop over steps; a few scalars of the set-up may, once a tile
+    assert found["spills_in_loops"] == 0
+    assert found["STL"] <= 4
+    # half-precision weights cross the loop in pairs: taken apart they cost two PRMT a pair
+    assert found["fewest_permutations"] == 0
     assert found["UTMALDG"] > 0
     assert found["registers"] <= REGISTERS
     assert found["shared"] <= SHARED_BYTES
@@ -94,10 +101,10 @@ def compile_for_hopper(head_dim, dtype, causal):
     cubin = Path(os.environ["TRITON_CACHE_DIR"]) / "forward.cubin"
     cubin.write_bytes(made[0].asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return count(tool, cubin) | {"shared": made[0].metadata.shared}
+    return count(tool, cubin, (head_dim + 128) // 16) | {"shared": made[0].metadata.shared}
 
 
-def count(tool, cubin):
+def count(tool, cubin, per_step):
     """Registers of a thread, and how often each instruction of interest occurs."""
     usage, code = (
         subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
@@ -105,7 +112,27 @@ def count(tool, cubin):
     )
     names = ("HGMMA", "LDL", "STL", "UTMALDG")
     found = {name: len(re.findall(rf"\b{name}\b", code)) for name in names}
-    return found | {"registers": int(re.search(r"REG:(\d+)", usage)[1])}
+    bodies = loops_over_steps(code, per_step)
+    return found | {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "loops": len(bodies),
+        "spills_in_loops": sum(len(re.findall(r"\b(?:LDL|STL)\b", body)) for body in bodies),
+        "fewest_permutations": min(body.count("PRMT") for body in bodies),
+    }
+
+
+def loops_over_steps(code, per_step):
+    """The text of every loop whose body is one step: `per_step` tensor-core instructions."""
+    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/ +(.*?);", code)
+    at = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+    bodies = []
+    for i, (address, text) in enumerate(lines):
+        target = re.search(r"\bBRA (0x[0-9a-f]+)", text)
+        if target and int(target[1], 16) < int(address, 16):
+            body = "\n".join(text for _, text in lines[at[int(target[1], 16)] : i + 1])
+            if body.count("HGMMA") == per_step:
+                bodies.append(body)
+    return sorted(bodies, key=len)[:LOOPS]  # longer ones jump back over the end of a tile
 
 
 if __name__ == "__main__":
