@@ -2,10 +2,12 @@
 
 TMA reads q, k, v through 4-D descriptors with their real strides and fills what lies past the end
 with zeros: no copy, no padding. The kernel is `kernels.gluon_kernel`, the oracle
-`kernels.reference`. Policy column LAMBDA is not read: no P·V is skipped here.
+`kernels.reference`.
 """
 
 import functools
+from collections.abc import Hashable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.kernels.gluon_kernel import forward_kernel
+from afbs_compile.kernels.launch import MOST, TmaView, again, aligned, first, prepared
 from afbs_compile.kernels.triton_common import LOG2E, on_device, site_window
 
 BLOCK_M = 128
@@ -63,23 +66,49 @@ def unreadable(x: Tensor) -> str | None:
     return None
 
 
-def descriptor(x: Tensor, length: int) -> TensorDescriptor:
-    """A TMA descriptor of the first `length` rows of `[B, H, L, D]`, copied 64 rows at a time."""
-    batch, heads, _, head_dim = x.shape
-    # the stride of an axis of one element is never used, and need not be a valid one
-    strides = [
-        s if n > 1 else head_dim for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)
-    ]
-    box = [1, 1, BOX_ROWS, head_dim]
-    return TensorDescriptor(
-        x, [batch, heads, length, head_dim], [*strides, 1], box, box_layout(head_dim, x.dtype)
-    )
-
-
 @functools.cache
 def box_layout(head_dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """How a copied box lies in shared memory."""
     return gl.NVMMASharedLayout.get_default_for([1, 1, BOX_ROWS, head_dim], DTYPES[dtype])
+
+
+class Described(NamedTuple):
+    """Shape and strides, in elements, of the TMA descriptor of a `[B, H, L, D]` view."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @staticmethod
+    def of(x: Tensor, length: int) -> "Described":
+        """The first `length` rows of `x`, copied 64 rows at a time."""
+        batch, heads, _, head_dim = x.shape
+        # the stride of an axis of one element is never used, and need not be a valid one
+        strides = (
+            s if n > 1 else head_dim for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+        )
+        return Described((batch, heads, length, head_dim), (*strides, 1))
+
+    def descriptor(self, x: Tensor) -> TensorDescriptor:
+        """As a kernel's first launch takes it."""
+        head_dim = self.shape[-1]
+        box = [1, 1, BOX_ROWS, head_dim]
+        layout = box_layout(head_dim, x.dtype)
+        return TensorDescriptor(x, list(self.shape), list(self.strides), box, layout)
+
+    def view(self, x: Tensor) -> TmaView:
+        """As a compiled kernel takes it."""
+        return TmaView(x.data_ptr(), self.shape, self.strides)
+
+
+class Plan(NamedTuple):
+    """What a call needs that only its sizes, strides and mask decide."""
+
+    described: tuple[Described, ...]
+    numbers: tuple[float, ...]
+    programs: int
+
+
+PLANS: dict[Hashable, Plan] = {}
 
 
 @functools.cache
@@ -100,6 +129,7 @@ def forward(
     scale: float,
     block_m: int = BLOCK_M,
     block_n: int = BLOCK_N,
+    counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over block lists; no host synchronisation, can be captured in a CUDA graph.
 
@@ -109,11 +139,14 @@ def forward(
         v: `[B, Hkv, Lk, D]`.
         counts: int32 `[B, Hq, NQ]` (see `kernels.lists`).
         indices: int32 `[B, Hq, NQ, NK]`.
-        policy: float32 `[Hq, COLUMNS]`; windows and sinks of windowed heads are read.
+        policy: float32 `[Hq, COLUMNS]`; windows and sinks of windowed heads are read, and LAMBDA:
+            64 queries by 128 keys are skipped if no score comes within lambda of the running
+            maximum of its row (log2 units; the diagonal's step first, then from the end).
         mask: The site's mask.
         scale: Multiplier on q·k.
         block_m: Query block, tokens; 128.
         block_n: Key block, tokens; 64.
+        counter: int32 of one element, 0, of this call alone; made if None.
 
     Returns:
         `o` in q's dtype, `[B, Hq, Lq, D]` over `[B, Lq, Hq, D]` memory, and `lse` fp32
@@ -122,30 +155,70 @@ def forward(
     Raises:
         ValueError: If `supported` gives a reason.
     """
-    reason = supported(q, k, v, block_m=block_m, block_n=block_n)
-    if reason is not None:
-        raise ValueError(f"the Gluon forward cannot run this call: {reason}")
     if scale <= 0:  # the online softmax takes maxima before it scales
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     counts, indices, policy = counts.contiguous(), indices.contiguous(), policy.contiguous()
     batch, heads, length_q, head_dim = q.shape
-    length_k = seen_length(mask, length_q, k.shape[2])
     o = torch.empty(batch, length_q, heads, head_dim, dtype=q.dtype, device=q.device)
     o = o.transpose(1, 2)
     lse = torch.empty(batch, heads, length_q, dtype=torch.float32, device=q.device)
-    # its own counter for every launch: launches on two streams must not share one
-    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    if counter is None:  # its own for every launch: launches on two streams must not share one
+        counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    key = (
+        forward_kernel, q.device.index, q.dtype, k.dtype, v.dtype, q.shape, q.stride(), k.shape,
+        k.stride(), v.shape, v.stride(), indices.shape, mask, scale, block_m, block_n,
+        aligned(q, k, v), aligned(counts, indices, counter, policy),
+    )  # fmt: skip
+    plan = PLANS.get(key) or planned(key, q, k, v, o, indices, mask, scale, block_m, block_n)
+    rest = (counts, indices, counter, policy, lse, *plan.numbers)
+    with on_device(q):
+        made = prepared(key)
+        if made is None:
+            tensors = (d.descriptor(x) for d, x in zip(plan.described, (q, k, v, o), strict=True))
+            first(
+                forward_kernel, key, plan.programs, (*tensors, *rest),
+                D=head_dim, STAGES=STAGES[head_dim], CAUSAL=mask.causal, num_warps=4,
+            )  # fmt: skip
+        else:
+            views = (d.view(x) for d, x in zip(plan.described, (q, k, v, o), strict=True))
+            again(made, q.device.index, plan.programs, (*views, *rest))
+    return o, lse
+
+
+def planned(
+    key: Hashable,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    indices: Tensor,
+    mask: Mask,
+    scale: float,
+    block_m: int,
+    block_n: int,
+) -> Plan:
+    """The plan of a call, kept for the next one with this key.
+
+    Raises:
+        ValueError: If `supported` gives a reason.
+    """
+    reason = supported(q, k, v, block_m=block_m, block_n=block_n)
+    if reason is not None:
+        raise ValueError(f"the Gluon forward cannot run this call: {reason}")
+    batch, heads, length_q, _ = q.shape
+    length_k = seen_length(mask, length_q, k.shape[2])
     blocks_q, blocks_k = indices.shape[-2:]
     tiles = batch * heads * blocks_q
-    with on_device(q):
-        forward_kernel[(min(tiles, processors(q.device)),)](
-            descriptor(q, length_q), descriptor(k, length_k), descriptor(v, length_k),
-            descriptor(o, length_q), counts, indices, counter, policy, lse, scale * LOG2E,
-            tiles, heads, heads // k.shape[1], blocks_q, blocks_k, length_q, length_k,
-            mask.offset, site_window(mask),
-            D=head_dim, STAGES=STAGES[head_dim], CAUSAL=mask.causal, num_warps=4,
-        )  # fmt: skip
-    return o, lse
+    numbers = (
+        scale * LOG2E, tiles, heads, heads // k.shape[1], blocks_q, blocks_k, length_q, length_k,
+        mask.offset, site_window(mask),
+    )  # fmt: skip
+    lengths = (length_q, length_k, length_k, length_q)
+    described = tuple(Described.of(x, n) for x, n in zip((q, k, v, o), lengths, strict=True))
+    if len(PLANS) >= MOST:
+        PLANS.clear()
+    PLANS[key] = Plan(described, numbers, min(tiles, processors(q.device)))
+    return PLANS[key]
 
 
 def seen_length(mask: Mask, length_q: int, length_k: int) -> int:

@@ -4,7 +4,8 @@ Persistent and warp-specialised (FlashAttention-3, arXiv 2407.08608): one produc
 tiles from an atomic counter and copies Q, K, V by TMA; two consumer warpgroups own 64 of a tile's
 128 queries each and overlap Q·Kᵀ of one step with P·V of the one before. A step is 128 keys: two
 listed boxes of 64. Lists are read from the end, so the diagonal, and the missing half of an odd
-list, come first. Steps that need the token mask run in a loop of their own.
+list, come first. Steps that need the token mask run in a loop of their own, and so do those of
+heads with a lambda, which may leave out P·V.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -23,7 +24,7 @@ from afbs_compile.kernels.gluon_mask import ROWS, STEP, hide, hide_values, own_w
 from afbs_compile.kernels.gluon_producer import CONSUMERS, produce
 from afbs_compile.kernels.gluon_ring import barriers_for, get, next_tile, phase_of, place
 from afbs_compile.kernels.gluon_softmax import pack, partial_sums, unpack, weigh
-from afbs_compile.kernels.triton_common import COLUMNS, LENGTHS, LN2, LOWEST
+from afbs_compile.kernels.triton_common import COLUMNS, LAMBDA, LENGTHS, LN2, LOWEST
 
 # the name of Triton 3.6, and what 3.9 calls it
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -74,6 +75,50 @@ def overlap(
 
 
 @gluon.jit
+def add_values(acc, p, v_s, v_full, v_empty, step, STAGES: gl.constexpr):
+    """`acc` plus P·V of one step, whose stage is free again."""
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
+    at = step & (STAGES - 1)
+    mbarrier.wait(v_full.index(at), phase_of(step, STAGES))
+    o_pending = warpgroup_mma(unpack(p, v_s.dtype, p_layout), v_s.index(at), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=[o_pending])
+    mbarrier.arrive(v_empty.index(at), count=1)
+    return acc
+
+
+@gluon.jit
+def skip_or_add(
+    q, k_s, v_s, barriers, step, acc, top, total, scale_log2, policy, verdict,
+    nothing, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One step of a head with lambda: nothing but Q·K if no row's maximum comes within lambda.
+
+    SpargeAttn's second stage (arXiv 2502.18137, section 3.4), with the skipped weights left out
+    of the sum too: what is dropped is dropped as if its blocks were not listed.
+    """
+    _, _, k_full, k_empty, v_full, v_empty, _, _ = barriers
+    o_row: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    at = step & (STAGES - 1)
+    mbarrier.wait(k_full.index(at), phase_of(step, STAGES))
+    k = k_s.index(at).permute((1, 0))
+    s_pending = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=[s_pending])
+    mbarrier.arrive(k_empty.index(at), count=1)
+    gain = gl.max(gl.max(s, 1) * scale_log2 - top, 0)
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    verdict.store(gl.full([1], (gain < gl.load(policy + LAMBDA)).to(gl.int32), gl.int32, one))
+    # read back from shared memory it is known to be the same for all threads
+    if get(verdict) != 0:
+        mbarrier.wait(v_full.index(at), phase_of(step, STAGES))
+        mbarrier.arrive(v_empty.index(at), count=1)
+    else:
+        p, top, total, shrink = weigh(s, top, total, scale_log2)
+        acc = acc * gl.convert_layout(shrink, o_row)[:, None]
+        acc = add_values(acc, pack(p, v_s.dtype), v_s, v_full, v_empty, step, STAGES)
+    return acc, top, total
+
+
+@gluon.jit
 def write(acc, top, total, o_desc, o_s, b, h, first, lse, heads, length_q):
     """Store the output, by TMA from shared memory, and the lse of 64 queries."""
     o_row: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
@@ -95,16 +140,15 @@ def consume(
     tiling, site, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """One consumer warpgroup: output and lse of 64 queries of every tile drawn."""
-    starts, tiles = rings
+    starts, tiles, verdicts = rings
     q_full, q_empty, k_full, k_empty, v_full, v_empty, tiles_full, tiles_empty = barriers
     total_tiles, heads, blocks_q = tiling
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     q = q_s.index(cid)
     step = 0
     turn = 0
-    tile, steps, masked = next_tile(turn, tiles, tiles_full, tiles_empty)
+    tile, steps, masked, clean = next_tile(turn, tiles, tiles_full, tiles_empty)
     while tile < total_tiles:
         b, h, tile_first = place(tile, heads, blocks_q)
         first = tile_first + cid * ROWS
@@ -135,25 +179,28 @@ def consume(
                 first, cid, policy + h * COLUMNS, site, D, STAGES, CAUSAL, True,
             )  # fmt: skip
             step += 1
-        for _ in range(masked, steps):
+        for _ in range(masked, clean):
             acc, p, top, total = overlap(
                 q, k_s, v_s, barriers, starts, step, acc, p, top, total, scale_log2, nothing,
                 first, cid, policy + h * COLUMNS, site, D, STAGES, CAUSAL, False,
             )  # fmt: skip
             step += 1
-        mbarrier.arrive(q_empty.index(0), count=1)
-        at = step & (STAGES - 1)
-        mbarrier.wait(v_full.index(at), phase_of(step, STAGES))
-        o_pending = warpgroup_mma(
-            unpack(p, v_s.dtype, p_layout), v_s.index(at), acc, is_async=True
-        )
-        acc = warpgroup_mma_wait(0, deps=[o_pending])
-        mbarrier.arrive(v_empty.index(at), count=1)
+        if clean == steps:
+            mbarrier.arrive(q_empty.index(0), count=1)
+        acc = add_values(acc, p, v_s, v_full, v_empty, step, STAGES)
         step += 1
+        for _ in range(clean, steps):
+            acc, top, total = skip_or_add(
+                q, k_s, v_s, barriers, step, acc, top, total, scale_log2, policy + h * COLUMNS,
+                verdicts.index(cid), nothing, STAGES,
+            )  # fmt: skip
+            step += 1
+        if clean < steps:
+            mbarrier.arrive(q_empty.index(0), count=1)
         turn += 1
         total = gl.convert_layout(gl.sum(total, 1), top.type.layout)
         write(acc, top, total, o_desc, o_s.index(cid), b, h, first, lse, heads, site[0])
-        tile, steps, masked = next_tile(turn, tiles, tiles_full, tiles_empty)
+        tile, steps, masked, clean = next_tile(turn, tiles, tiles_full, tiles_empty)
     tma.store_wait(0)
 
 
@@ -174,7 +221,8 @@ def forward_kernel(
     # where the two boxes of each stage start; what `announce` tells of the next two tiles
     rings = (
         gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], plain),
-        gl.allocate_shared_memory(gl.int32, [6, 1], plain),
+        gl.allocate_shared_memory(gl.int32, [4, 1], plain),
+        gl.allocate_shared_memory(gl.int32, [CONSUMERS, 1], plain),
     )
     barriers = (
         barriers_for(1, 1), barriers_for(1, CONSUMERS),

@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from afbs_compile.kernels.gluon_mask import BOX, ROWS, TILE, masked_steps, own_window
 from afbs_compile.kernels.gluon_ring import announce, phase_of, place, put
+from afbs_compile.kernels.triton_common import COLUMNS, LAMBDA
 
 # the name of Triton 3.6, and what 3.9 calls it
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -43,7 +44,7 @@ def boxes_of(listed, count, turn, blocks_k):
 
 @gluon.jit
 def survey(tile, counts, indices, policy, tiling, site, blocks_k, CAUSAL: gl.constexpr):
-    """A tile's number of boxes, how many steps need a mask, and the boxes of its first step."""
+    """A tile's number of boxes, what `announce` tells of its steps, and its first boxes."""
     total_tiles, heads, blocks_q = tiling
     b, h, first = place(gl.minimum(tile, total_tiles - 1), heads, blocks_q)
     row = (b * heads + h) * blocks_q + first // TILE
@@ -52,7 +53,9 @@ def survey(tile, counts, indices, policy, tiling, site, blocks_k, CAUSAL: gl.con
     start_a, start_b = boxes_of(listed, count, 0, blocks_k)
     steps = gl.maximum((count + 1) // 2, 1)
     masked = masked_steps(listed, steps, first, own_window(policy, h), site, CAUSAL)
-    return count, masked, start_a, start_b
+    lambda_ = gl.load(policy + h * COLUMNS + LAMBDA)
+    skips = (lambda_ > -float("inf")) & (lambda_ < 0.0)
+    return count, masked, skips.to(gl.int32), start_a, start_b
 
 
 @gluon.jit
@@ -61,23 +64,24 @@ def produce(
     tiling, site, group, blocks_k, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: tiles, then the listed boxes of each, from the end of its list."""
-    starts, tiles = rings
+    starts, tiles, _ = rings
     q_full, q_empty, k_full, k_empty, v_full, v_empty, tiles_full, tiles_empty = barriers
     total_tiles, heads, blocks_q = tiling
     step = 0
     turn = 0
     tile = gl.program_id(0)
     following = tile
-    count, masked, start_a, start_b = survey(
+    count, masked, skips, start_a, start_b = survey(
         tile, counts, indices, policy, tiling, site, blocks_k, CAUSAL
     )
     while tile < total_tiles:
         b, h, first = place(tile, heads, blocks_q)
         listed = indices + ((b * heads + h) * blocks_q + first // TILE).to(gl.int64) * blocks_k
         steps = gl.maximum((count + 1) // 2, 1)
-        announce(tile, steps, masked, turn, tiles, tiles_full, tiles_empty)
+        announce(tile, steps, masked, skips, turn, tiles, tiles_full, tiles_empty)
         next_count = count
         next_masked = masked
+        next_skips = skips
         first_a = start_a
         first_b = start_b
         for i in range(steps):
@@ -102,7 +106,7 @@ def produce(
             )
             if i == gl.maximum(steps - 2, 0):
                 following = gl.atomic_add(counter, 1) + gl.num_programs(0)
-                next_count, next_masked, first_a, first_b = survey(
+                next_count, next_masked, next_skips, first_a, first_b = survey(
                     following, counts, indices, policy, tiling, site, blocks_k, CAUSAL
                 )
             start_a = next_a
@@ -112,6 +116,7 @@ def produce(
         tile = following
         count = next_count
         masked = next_masked
+        skips = next_skips
         start_a = first_a
         start_b = first_b
-    announce(tile, 0, 0, turn, tiles, tiles_full, tiles_empty)
+    announce(tile, 0, 0, 0, turn, tiles, tiles_full, tiles_empty)

@@ -49,23 +49,25 @@ def place(tile, heads, blocks_q):
 
 
 @gluon.jit
-def announce(tile, steps, masked, turn, tiles, tiles_full, tiles_empty):
-    """Tell the consumers the next tile, its number of steps, and how many of these need a mask."""
+def announce(tile, steps, masked, skips, turn, tiles, tiles_full, tiles_empty):
+    """Tell the consumers the next tile, its steps, how many of these need the token mask, and
+    whether the others may be skipped. A tile has fewer than 2^15 steps: 4 M keys.
+    """
     slot = turn % 2
     mbarrier.wait(tiles_empty.index(slot), ((turn // 2) & 1) ^ 1)
-    put(tiles.index(3 * slot), tile)
-    put(tiles.index(3 * slot + 1), steps)
-    put(tiles.index(3 * slot + 2), masked)
+    put(tiles.index(2 * slot), tile)
+    put(tiles.index(2 * slot + 1), steps | (masked << 15) | (skips << 30))
     mbarrier.arrive(tiles_full.index(slot), count=1)
 
 
 @gluon.jit
 def next_tile(turn, tiles, tiles_full, tiles_empty):
-    """What `announce` told: the tile, its number of steps, and how many of these need a mask."""
+    """Tile, steps, masked steps, and the step from which on steps may be skipped."""
     slot = turn % 2
     mbarrier.wait(tiles_full.index(slot), (turn // 2) & 1)
-    tile = get(tiles.index(3 * slot))
-    steps = get(tiles.index(3 * slot + 1))
-    masked = get(tiles.index(3 * slot + 2))
+    tile = get(tiles.index(2 * slot))
+    packed = get(tiles.index(2 * slot + 1))
     mbarrier.arrive(tiles_empty.index(slot), count=1)
-    return tile, steps, masked
+    steps = packed & 0x7FFF
+    masked = (packed >> 15) & 0x7FFF
+    return tile, steps, masked, gl.where(packed >> 30 != 0, masked, steps)

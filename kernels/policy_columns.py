@@ -7,7 +7,7 @@ graph, never a constant, so a changed threshold changes the output without a rec
 MODE = 0  # one of DENSE, SPARSE, WINDOWED
 TAU = 1  # cumulative pooled mass kept, in [0, 1]
 THETA = 2  # self-similarity gate of selector `mean`, in [-1, 1]; -1 is off
-LAMBDA = 3  # PV skip, log2 units; -inf is off
+LAMBDA = 3  # PV skip, log2 units, below 0; -inf and 0 are off; read by the Gluon forward
 WINDOW = 4  # keys a query of a windowed head sees, itself included
 SINK = 5  # tokens at the start that are always visible
 NEIGHBOURS = 6  # key blocks before the diagonal that are always kept

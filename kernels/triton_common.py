@@ -21,6 +21,7 @@ from afbs_compile.kernels.geometry import Mask
 MODE = tl.constexpr(col.MODE)
 TAU = tl.constexpr(col.TAU)
 THETA = tl.constexpr(col.THETA)
+LAMBDA = tl.constexpr(col.LAMBDA)
 WINDOW = tl.constexpr(col.WINDOW)
 SINK = tl.constexpr(col.SINK)
 NEIGHBOURS = tl.constexpr(col.NEIGHBOURS)
@@ -30,6 +31,7 @@ WINDOWED = tl.constexpr(col.WINDOWED)
 
 # arguments that change from call to call: a new length must not compile a new kernel
 LENGTHS = ["heads", "group", "length_q", "length_k", "blocks_q", "blocks_k", "offset", "window"]
+HERE = contextlib.nullcontext()
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: exp2(-inf - LOWEST) is 0, not NaN
@@ -66,7 +68,9 @@ def rows_contiguous(x: Tensor) -> Tensor:
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Makes the device of `x` the current one: Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return HERE
+    return torch.cuda.device(x.device)
 
 
 @functools.cache

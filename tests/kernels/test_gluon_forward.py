@@ -154,6 +154,34 @@ def test_any_sign_of_the_scale(scale):
     check(*both(q, k, v, all_blocks(q, k), policy, mask=Mask(True), scale=scale), q.dtype)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_lambda_skips_what_cannot_matter(head_dim, poisoned_empty):
+    """Heads with lambda and without in one launch; the far keys weigh 2^-11.5 each, times 1e4."""
+    q, k, v = (normal(seed, 1, 3, 2048, head_dim) for seed in range(3))
+    q[..., 0], k[..., 0], k[:, :, :1024, 0] = 8.0, 0.0, -8.0
+    q[..., 1:] /= 8
+    v[:, :, :1024] = 1e4
+    policy = policy_rows([col.SPARSE] * 3)
+    policy[:, col.LAMBDA] = torch.tensor([-torch.inf, -30.0, -5.0])
+    keep = all_blocks(q, k)
+    (o, lse), (o_all, lse_all) = both(q, k, v, keep, policy, mask=Mask(), scale=0.125)
+    keep[..., :16] = False
+    _, (o_near, lse_near) = both(q, k, v, keep, policy, mask=Mask(), scale=0.125)
+    assert relative(o_near[:, :2], o_all[:, :2]) > 0.1
+    assert relative(o[:, :2], o_all[:, :2]) <= TOLERANCE[q.dtype]
+    assert relative(o[:, 2], o_near[:, 2]) <= TOLERANCE[q.dtype]
+    torch.testing.assert_close(lse[:, :2], lse_all[:, :2], rtol=1e-5, atol=2e-4)
+    torch.testing.assert_close(lse[:, 2], lse_near[:, 2], rtol=1e-5, atol=2e-4)
+
+
+@settings(max_examples=20)
+@given(problem=problems())
+def test_a_low_lambda_changes_nothing(problem, poisoned_empty):
+    q, k, v, keep, policy, site = problem
+    policy[:, col.LAMBDA] = -60.0
+    check(*both(q, k, v, keep, policy, **site), q.dtype)
+
+
 def test_rows_that_see_nothing_are_zero(poisoned_empty):
     q, k, v = (normal(seed, 1, 1, 256, 64) for seed in range(3))
     keep = all_blocks(q, k)

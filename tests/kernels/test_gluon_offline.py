@@ -23,7 +23,7 @@ CASES = [
     for dtype in ("bfloat16", "float16")
     for causal in (False, True)
 ]
-LOOPS = 2 * 2  # two consumers, each with a masked loop and one without
+LOOPS = 2 * 3  # two consumers: steps with a mask, without one, and steps that may be skipped
 QUICK = (128, "bfloat16", True)
 
 
@@ -37,13 +37,13 @@ def check(case, tmp_path):
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
-    # two consumers, each with a first Q·K, two loop bodies, a last P·V; one instruction is 16 deep
+    # two consumers, each with three loop bodies, a first Q·K, a last P·V; 16 deep an instruction
     per_step = (case[0] + 128) // 16
-    assert found["HGMMA"] == 2 * 3 * per_step
+    assert found["HGMMA"] == 2 * 4 * per_step
     assert found["loops"] == LOOPS
     # nothing spills in a loop over steps; a few scalars of the set-up may, once a tile
     assert found["spills_in_loops"] == 0
-    assert found["STL"] <= 4
+    assert found["STL"] <= 8
     # half-precision weights cross the loop in pairs: taken apart they cost two PRMT a pair
     assert found["fewest_permutations"] == 0
     assert found["UTMALDG"] > 0

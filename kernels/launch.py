@@ -1,0 +1,110 @@
+"""How does a kernel start at little host cost? From a compiled kernel that an earlier call made.
+
+Triton binds, specialises and looks up every argument at every launch: 30 to 100 µs. What decides
+the compiled kernel (dtypes, constants, the alignment of pointers, the values of integers) is known
+to the caller, who passes it as a key; later launches hand their arguments to the compiled kernel.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+MOST = 4096  # prepared launches; lengths that never come back must not fill the memory
+ALIGNMENT = 16  # bytes; Triton compiles one kernel for aligned pointers and one for others
+PREPARED: dict[Hashable, Any] = {}
+
+
+class TmaView:
+    """What a compiled kernel asks of a TMA descriptor: where, how large, how far apart.
+
+    Unlike `TensorDescriptor` it checks nothing and keeps no tensor alive.
+    """
+
+    __slots__ = ("address", "padding", "round_f32_to_tf32", "shape", "strides")
+
+    def __init__(self, address: int, shape: Sequence[int], strides: Sequence[int]) -> None:
+        """A view of `shape` with `strides` in elements, from byte `address` on."""
+        self.address = address
+        self.shape = shape
+        self.strides = strides
+        self.padding = "zero"
+        self.round_f32_to_tf32 = False
+
+    @property
+    def base(self) -> "TmaView":
+        """The tensor; all that is asked of it is `data_ptr`."""
+        return self
+
+    def data_ptr(self) -> int:
+        """Byte address of the first element."""
+        return self.address
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether all tensors start at a multiple of 16 bytes."""
+    together = 0
+    for x in tensors:
+        together |= x.data_ptr()
+    return together % ALIGNMENT == 0
+
+
+def prepared(key: Hashable) -> Any:
+    """The compiled kernel of an earlier launch with this key, or None; None while hooks listen."""
+    return None if listened() else PREPARED.get(key)
+
+
+def listened() -> bool:
+    """Whether a profiler has asked Triton to be told of launches, which `again` would not do."""
+    runtime = triton.knobs.runtime
+    return any(
+        hook is not None and getattr(hook, "calls", True)
+        for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook)
+    )
+
+
+def first(
+    kernel: Any, key: Hashable, programs: int, arguments: Sequence[Any], **constants: Any
+) -> None:
+    """Launch as Triton does, and keep the compiled kernel for the next call with this key.
+
+    Args:
+        kernel: A `triton.jit` or `gluon.jit` function whose constants are its last parameters.
+        key: All that the choice of the compiled kernel depends on, the device included.
+        programs: Size of the one-dimensional grid.
+        arguments: All parameters but the constants, in order.
+        constants: The constants by name in the order of the parameters, then Triton's options.
+    """
+    compiled = kernel[(programs,)](*arguments, **constants)
+    if hasattr(compiled, "packed_metadata"):  # not so under the interpreter
+        if len(PREPARED) >= MOST:
+            PREPARED.clear()
+        names = kernel.arg_names
+        PREPARED[key] = (compiled, tuple(constants[n] for n in names if n in constants))
+
+
+def again(made: Any, device: int, programs: int, arguments: Sequence[Any]) -> None:
+    """Launch what `prepared` returned, on the current stream of the current device `device`."""
+    compiled, constants = made
+    compiled.run(
+        programs, 1, 1, torch._C._cuda_getCurrentRawStream(device), compiled.function,
+        compiled.packed_metadata, None, None, None, *arguments, *constants,
+    )  # fmt: skip
+
+
+def launch(
+    kernel: Any,
+    key: Hashable,
+    device: torch.device,
+    programs: int,
+    arguments: Sequence[Any],
+    **constants: Any,
+) -> None:
+    """`again` if the key is known, else `first`; arguments as there."""
+    made = prepared(key) if device.type == "cuda" else None
+    if made is None:
+        first(kernel, key, programs, arguments, **constants)
+    else:
+        again(made, device.index, programs, arguments)
