@@ -1,74 +1,164 @@
-"""What does a block of tokens look like on average? Mean pooling of q or k in Triton.
+"""What does a block of tokens look like on average? Mean pooling of q and k in one launch.
 
 The oracles are `pool` and `similarity` of `kernels.scores`. The mean pairwise cosine of a block is
-the squared norm of the mean of its unit vectors: one pass, no Gram matrix.
+the squared norm of the mean of its unit vectors: one pass, no Gram matrix. Tokens are added up in
+registers: a product with a pooling matrix would spread one token's NaN over its neighbours.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from afbs_compile.kernels.triton_common import rows_contiguous
+from afbs_compile.kernels.launch import aligned, launch
+from afbs_compile.kernels.triton_common import (
+    COLUMNS,
+    LENGTHS,
+    MODE,
+    SPARSE,
+    TAU,
+    interpreted,
+    rows_contiguous,
+)
+
+UNROLL = tl.constexpr(8)  # tokens whose loads are in flight at once
 
 
-@triton.jit(do_not_specialize=["heads", "length", "blocks"])
-def pool_kernel(
-    X, MEANS, SIMILARITY, stride_b, stride_h, stride_l, heads, length, blocks,
+class Pooled(NamedTuple):
+    """Means `[B, H, N, D']` of q and k, D padded with zeros, and self-similarities `[B, H, N]`."""
+
+    q: Tensor
+    k: Tensor
+    q_similarity: Tensor
+    k_similarity: Tensor
+
+
+@triton.jit
+def needs_scores(policy, h, count, GROUP: tl.constexpr):
+    """Does one of the `count` heads from `h` on, at most GROUP, choose its blocks by score?"""
+    g = tl.arange(0, GROUP)
+    row = policy + (h + g) * COLUMNS
+    mode = tl.load(row + MODE, g < count, 0.0)
+    tau = tl.load(row + TAU, g < count, 1.0)
+    return tl.max(((mode == SPARSE) & (tau < 1.0)).to(tl.int32), 0)
+
+
+@triton.jit
+def pool_tile(
+    x_head, means, similarity, n, stride_l, length, blocks,
     D: tl.constexpr, D_PADDED: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
     COSINE: tl.constexpr,
 ):  # fmt: skip
-    """Means of `SIZE` tokens and, with `COSINE`, |mean of unit vectors|²: `TILE` blocks each."""
-    tiles = tl.cdiv(blocks, TILE)
-    pid = tl.program_id(0)
-    bh = pid // tiles
-    n = pid % tiles * TILE + tl.arange(0, TILE)
+    """Means of the blocks `n` of `SIZE` tokens; with `COSINE` |mean of unit vectors|² too."""
     d = tl.arange(0, D_PADDED)
-    x_head = X + (bh // heads).to(tl.int64) * stride_b + (bh % heads).to(tl.int64) * stride_h
     total = tl.zeros([TILE, D_PADDED], tl.float32)
     units = tl.zeros([TILE, D_PADDED], tl.float32)
-    UNROLL: tl.constexpr = 4
     for start in range(0, SIZE, UNROLL):
         for step in tl.static_range(UNROLL):
-            i = n * SIZE + start + step
-            x_mask = (i < length)[:, None] & (d < D)[None, :]
-            x = tl.load(x_head + i.to(tl.int64)[:, None] * stride_l + d[None, :], x_mask, 0.0)
-            x = x.to(tl.float32)
-            total += x
-            if COSINE:
-                norm = tl.sqrt(tl.sum(x * x, 1))
-                units += x / tl.maximum(norm, 1e-12)[:, None]
+            if step < SIZE:
+                i = n * SIZE + start + step
+                x_mask = (i < length)[:, None] & (d < D)[None, :]
+                x = tl.load(x_head + i.to(tl.int64)[:, None] * stride_l + d[None, :], x_mask, 0.0)
+                x = x.to(tl.float32)
+                total += x
+                if COSINE:
+                    norm = tl.sqrt(tl.sum(x * x, 1))
+                    units += x / tl.maximum(norm, 1e-12)[:, None]
     tokens = tl.maximum(tl.minimum(length - n * SIZE, SIZE), 1).to(tl.float32)
-    out = bh.to(tl.int64) * blocks + n
-    means = total / tokens[:, None]
-    tl.store(MEANS + out[:, None] * D_PADDED + d[None, :], means, mask=(n < blocks)[:, None])
+    mean = (total / tokens[:, None]).to(means.dtype.element_ty)
+    tl.store(means + n[:, None] * D_PADDED + d[None, :], mean, mask=(n < blocks)[:, None])
     if COSINE:
         units = units / tokens[:, None]
-        tl.store(SIMILARITY + out, tl.sum(units * units, 1), mask=n < blocks)
+        tl.store(similarity + n, tl.sum(units * units, 1), mask=n < blocks)
 
 
-def pool(x: Tensor, size: int, *, cosine: bool) -> tuple[Tensor, Tensor]:
-    """Means of blocks of `size` tokens, and with `cosine` their self-similarity.
+@triton.jit(do_not_specialize=[*LENGTHS[:6], "programs_q"])
+def pool_kernel(
+    Q, K, Q_MEANS, K_MEANS, Q_SIMILARITY, K_SIMILARITY, POLICY,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl,
+    heads, group, length_q, length_k, blocks_q, blocks_k, programs_q,
+    D: tl.constexpr, D_PADDED: tl.constexpr, SIZE_Q: tl.constexpr, SIZE_K: tl.constexpr,
+    TILE: tl.constexpr, GROUP: tl.constexpr, COSINE: tl.constexpr,
+):  # fmt: skip
+    """`TILE` blocks of one head of q or of k; nothing for a head whose blocks need no scores."""
+    pid = tl.program_id(0)
+    if pid < programs_q:
+        tiles = tl.cdiv(blocks_q, TILE)
+        bh = (pid // tiles).to(tl.int64)
+        if needs_scores(POLICY, bh % heads, 1, GROUP) > 0:
+            n = pid % tiles * TILE + tl.arange(0, TILE)
+            x_head = Q + bh // heads * stride_qb + bh % heads * stride_qh
+            means = Q_MEANS + bh * blocks_q * D_PADDED
+            pool_tile(
+                x_head, means, Q_SIMILARITY + bh * blocks_q, n, stride_ql, length_q, blocks_q,
+                D, D_PADDED, SIZE_Q, TILE, COSINE,
+            )  # fmt: skip
+    else:
+        tiles = tl.cdiv(blocks_k, TILE)
+        bh = ((pid - programs_q) // tiles).to(tl.int64)
+        kv_heads = heads // group
+        if needs_scores(POLICY, bh % kv_heads * group, group, GROUP) > 0:
+            n = (pid - programs_q) % tiles * TILE + tl.arange(0, TILE)
+            x_head = K + bh // kv_heads * stride_kb + bh % kv_heads * stride_kh
+            means = K_MEANS + bh * blocks_k * D_PADDED
+            pool_tile(
+                x_head, means, K_SIMILARITY + bh * blocks_k, n, stride_kl, length_k, blocks_k,
+                D, D_PADDED, SIZE_K, TILE, COSINE,
+            )  # fmt: skip
+
+
+def tiling(padded: int, cosine: bool) -> tuple[int, int]:
+    """Blocks of a program and its warps; long blocks take few, so that there are many programs."""
+    return (max(1, 256 // padded), 1) if cosine else (max(2, 2048 // padded), 4)
+
+
+def pool(
+    q: Tensor, k: Tensor, policy: Tensor, *, size_q: int, size_k: int, cosine: bool
+) -> Pooled:
+    """Means of blocks of q and k, and with `cosine` their self-similarity.
 
     Args:
-        x: `[B, H, L, D]`, any strides.
-        size: Tokens of a block, a multiple of 4.
+        q: `[B, Hq, Lq, D]`, any strides.
+        k: `[B, Hkv, Lk, D]`, any strides.
+        policy: float32 `[Hq, COLUMNS]`, contiguous; heads that need no scores are left undefined.
+        size_q: Tokens of a block of q; 4 or a multiple of 8.
+        size_k: Tokens of a block of k.
         cosine: Whether the self-similarity is wanted; undefined if not.
 
     Returns:
-        Means fp32 `[B, H, N, D']`, D padded with zeros to a power of two, and fp32 `[B, H, N]`.
+        Means in q's dtype (fp32 under the interpreter), self-similarities in fp32.
     """
-    x = rows_contiguous(x)
-    batch, heads, length, dim = x.shape
-    blocks, padded = triton.cdiv(length, size), max(16, triton.next_power_of_2(dim))
-    tile = max(4, 2048 // padded)
-    means = torch.empty(batch, heads, blocks, padded, dtype=torch.float32, device=x.device)
-    similarity = torch.empty(means.shape[:3], dtype=torch.float32, device=x.device)
-    pool_kernel[(batch * heads * triton.cdiv(blocks, tile),)](
-        x, means, similarity, *x.stride()[:3], heads, length, blocks,
-        D=dim, D_PADDED=padded, SIZE=size, TILE=tile, COSINE=cosine,
+    q, k = rows_contiguous(q), rows_contiguous(k)
+    (batch, heads, length_q, dim), (_, kv_heads, length_k, _) = q.shape, k.shape
+    blocks_q, blocks_k = -(-length_q // size_q), -(-length_k // size_k)
+    padded = max(16, triton.next_power_of_2(dim))
+    tile, warps = tiling(padded, cosine)
+    dtype = torch.float32 if interpreted() else q.dtype
+    made = Pooled(
+        torch.empty(batch, heads, blocks_q, padded, dtype=dtype, device=q.device),
+        torch.empty(batch, kv_heads, blocks_k, padded, dtype=dtype, device=q.device),
+        *(
+            torch.empty((batch, h, n) if cosine else (1,), dtype=torch.float32, device=q.device)
+            for h, n in ((heads, blocks_q), (kv_heads, blocks_k))
+        ),
+    )
+    programs_q = batch * heads * -(-blocks_q // tile)
+    programs = programs_q + batch * kv_heads * -(-blocks_k // tile)
+    group = heads // kv_heads
+    key = (
+        pool_kernel, q.device.index, q.dtype, k.dtype, q.shape, q.stride(), k.shape, k.stride(),
+        size_q, size_k, cosine, aligned(q), aligned(k), aligned(policy),
+    )  # fmt: skip
+    launch(
+        pool_kernel, key, q.device, programs,
+        (q, k, *made, policy, *q.stride()[:3], *k.stride()[:3], heads, group, length_q, length_k,
+         blocks_q, blocks_k, programs_q),
+        D=dim, D_PADDED=padded, SIZE_Q=size_q, SIZE_K=size_k, TILE=tile,
+        GROUP=triton.next_power_of_2(group), COSINE=cosine, num_warps=warps,
         enable_fp_fusion=True,
     )  # fmt: skip
-    return means, similarity
+    return made

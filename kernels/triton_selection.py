@@ -1,7 +1,7 @@
-"""How does a GPU choose the blocks? Selection in four launches, without a score matrix.
+"""How does a GPU choose the blocks? Selection in three launches, without a score matrix.
 
-Pool k, pool q, score (`kernels.triton_scores`), pick (here): the threshold of the top-p rule is
-found by bisection, without a sort. The oracle is `kernels.selection`.
+Pool (`kernels.triton_pool`), score (`kernels.triton_scores`), pick (here): the threshold of the
+top-p rule is found by bisection, without a sort. The oracle is `kernels.selection`.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from afbs_compile.kernels.geometry import Mask
+from afbs_compile.kernels.launch import aligned, launch
 from afbs_compile.kernels.triton_common import (
     COLUMNS,
     LENGTHS,
@@ -31,7 +32,22 @@ from afbs_compile.kernels.triton_common import (
 from afbs_compile.kernels.triton_scores import block_scores
 
 TWO_BITS = tl.constexpr(0x40000000)  # the float 2.0 as an integer: above every block score
-CHUNK = 256  # block scores that the single warp of a pick program holds at once
+CHUNK = 512  # block scores that the single warp of a pick program holds at once
+
+
+@triton.jit
+def at_least(scores, held, start, end, middle, CHUNK: tl.constexpr):
+    """Sum and number of the scores in `[start, end)` whose bits are at least `middle`."""
+    above = held.to(tl.int32, bitcast=True) >= middle
+    reached = tl.sum(tl.where(above, held, 0.0), 0)
+    count = tl.sum(above.to(tl.int32), 0)
+    for c in range(start + CHUNK, end, CHUNK):
+        j = c + tl.arange(0, CHUNK)
+        s = tl.load(scores + j, j < end, -1.0)
+        above = s.to(tl.int32, bitcast=True) >= middle
+        reached += tl.sum(tl.where(above, s, 0.0), 0)
+        count += tl.sum(above.to(tl.int32), 0)
+    return reached, count
 
 
 @triton.jit
@@ -45,16 +61,11 @@ def kept_threshold(scores, start, end, target, CHUNK: tl.constexpr):
     high = TWO_BITS
     count_low = end - start  # scores >= low
     count_high = 0
+    j = start + tl.arange(0, CHUNK)
+    held = tl.load(scores + j, j < end, -1.0)  # negative: below every bound
     while (high - low > 1) & (count_low - count_high > 1):
         middle = (low + high) // 2
-        reached = 0.0
-        count = 0
-        for c in range(start, end, CHUNK):
-            j = c + tl.arange(0, CHUNK)
-            s = tl.load(scores + j, j < end, 0.0)
-            above = s.to(tl.int32, bitcast=True) >= middle
-            reached += tl.sum(tl.where(above, s, 0.0), 0)
-            count += tl.sum(above.to(tl.int32), 0)
+        reached, count = at_least(scores, held, start, end, middle, CHUNK)
         enough = reached >= target
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
@@ -65,13 +76,15 @@ def kept_threshold(scores, start, end, target, CHUNK: tl.constexpr):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def pick_kernel(
-    SCORES, Q_SIMILARITY, K_SIMILARITY, POLICY, COUNTS, INDICES,
+    SCORES, Q_SIMILARITY, K_SIMILARITY, POLICY, COUNTS, INDICES, COUNTER,
     heads, group, length_q, length_k, blocks_q, blocks_k, offset, window,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
     CAUSAL: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """The list of one query block: `[lo, sink_end)` and `[near, hi)` forced, the rest by score."""
     row = tl.program_id(0).to(tl.int64)
+    if row == 0:
+        tl.store(COUNTER, 0)
     bh = row // blocks_q
     policy = POLICY + bh % heads * COLUMNS
     mode = tl.load(policy + MODE)
@@ -161,21 +174,47 @@ def select(
     Raises:
         ValueError: For an unknown selector.
     """
+    return select_counted(
+        q, k, policy, mask=mask, scale=scale, selector=selector, block_m=block_m, block_n=block_n
+    )[:2]
+
+
+def select_counted(
+    q: Tensor,
+    k: Tensor,
+    policy: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    selector: str,
+    block_m: int,
+    block_n: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`select`, and an int32 of one element, 0, that a persistent kernel may count tiles with."""
     batch, heads, length_q, _ = q.shape
     length_k, policy = k.shape[2], policy.contiguous()
-    blocks_q, blocks_k = triton.cdiv(length_q, block_m), triton.cdiv(length_k, block_n)
-    counts = torch.empty(batch, heads, blocks_q, dtype=torch.int32, device=q.device)
-    indices = torch.empty(batch, heads, blocks_q, blocks_k, dtype=torch.int32, device=q.device)
+    blocks_q, blocks_k = -(-length_q // block_m), -(-length_k // block_n)
+    n = batch * heads * blocks_q
+    start = -(-(n + 1) // 4) * 4  # the lists start at a multiple of 16 bytes
+    work = torch.empty(start + n * blocks_k, dtype=torch.int32, device=q.device)
+    counts = work[:n].view(batch, heads, blocks_q)
+    indices = work[start:].view(batch, heads, blocks_q, blocks_k)
+    counter = work[n : n + 1]
+    key = (
+        pick_kernel, q.device.index, q.shape, k.shape, mask, selector, block_m, block_n,
+        aligned(policy), n % 4 == 0,
+    )  # fmt: skip
     with on_device(q):
         scores, q_similarity, k_similarity = block_scores(
             q, k, policy, mask=mask, scale=scale, selector=selector,
             block_m=block_m, block_n=block_n,
         )  # fmt: skip
-        pick_kernel[(batch * heads * blocks_q,)](
-            scores, q_similarity, k_similarity, policy, counts, indices,
-            heads, heads // k.shape[1], length_q, length_k, blocks_q, blocks_k,
-            mask.offset, site_window(mask), BLOCK_M=block_m, BLOCK_N=block_n, CHUNK=CHUNK,
-            CAUSAL=mask.causal, GATE=selector == "mean",
-            num_warps=1, enable_fp_fusion=True,
+        launch(
+            pick_kernel, key, q.device, n,
+            (scores, q_similarity, k_similarity, policy, counts, indices, counter,
+             heads, heads // k.shape[1], length_q, length_k, blocks_q, blocks_k,
+             mask.offset, site_window(mask)),
+            BLOCK_M=block_m, BLOCK_N=block_n, CHUNK=CHUNK,
+            CAUSAL=mask.causal, GATE=selector == "mean", num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip
-    return counts, indices
+    return counts, indices, counter
