@@ -69,21 +69,66 @@ def attention(
     """
     if q.shape[2] < min_length:
         return dense(q, k, v, mask=mask, scale=scale)
+    if q.device.type == "cuda":
+        return select_and_attend(q, k, v, policy, mask=mask, scale=scale, selector=selector)[0]
     block_m, block_n = block_sizes(q.device.type)
     blocks = {"block_m": block_m, "block_n": block_n}
-    if q.device.type == "cuda":
-        from afbs_compile.kernels import triton_selection
-
-        counts, indices = triton_selection.select(
-            q, k, policy, mask=mask, scale=scale, selector=selector, **blocks
-        )
-        run = gpu_forward(q, k, v, **blocks)
-        return run(q, k, v, counts, indices, policy, mask=mask, scale=scale, **blocks)[0]
     counts, indices = selection.select(
         q, k, policy, mask=mask, scale=scale, selector=selector,
         core=fused_scores(q, k, selector), **blocks,
     )  # fmt: skip
     return flex.forward(q, k, v, counts, indices, policy, mask=mask, scale=scale, **blocks)
+
+
+def select_and_attend(
+    q: Tensor, k: Tensor, v: Tensor, policy: Tensor, *, mask: Mask, scale: float, selector: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`attention` on a GPU, with what its backward needs beside o.
+
+    Returns:
+        `o`, `lse` fp32 `[B, Hq, Lq]`, and the block lists `counts` and `indices`.
+    """
+    from afbs_compile.kernels import triton_selection
+
+    block_m, block_n = block_sizes(q.device.type)
+    blocks = {"block_m": block_m, "block_n": block_n}
+    counts, indices, counter = triton_selection.select_counted(
+        q, k, policy, mask=mask, scale=scale, selector=selector, **blocks
+    )
+    run = gpu_forward(q, k, v, **blocks)
+    o, lse = run(
+        q, k, v, counts, indices, policy, mask=mask, scale=scale, counter=counter, **blocks
+    )
+    return o, lse, counts, indices
+
+
+def no_backward(device_type: str) -> str | None:
+    """Why calls on a device cannot be differentiated, or None if they can."""
+    return None if device_type == "cuda" else f"no backward on {device_type.upper()}"
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    policy: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `select_and_attend` with its blocks held fixed: `dq`, `dk`, `dv`."""
+    from afbs_compile.kernels import triton_backward
+
+    block_m, block_n = block_sizes(q.device.type)
+    return triton_backward.backward(
+        do, q, k, v, o, lse, counts, indices, policy,
+        mask=mask, scale=scale, block_m=block_m, block_n=block_n,
+    )  # fmt: skip
 
 
 def gpu_forward(

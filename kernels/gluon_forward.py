@@ -24,6 +24,7 @@ BLOCK_N = 64
 BOX_ROWS = 64  # rows of one TMA copy, of queries and of keys
 STAGES = {64: 4, 128: 2}  # K and V tiles in flight, by head dim
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+MOST_KEYS = 128 * ((1 << 15) - 1)  # `gluon_ring.announce` packs steps into 15 bits
 TMA_ALIGNMENT = 16  # bytes, of addresses and strides
 
 
@@ -41,6 +42,8 @@ def supported(q: Tensor, k: Tensor, v: Tensor, *, block_m: int, block_n: int) ->
     """
     if (block_m, block_n) != (BLOCK_M, BLOCK_N):
         return f"blocks of {block_m} x {block_n} tokens, not {BLOCK_M} x {BLOCK_N}"
+    if k.shape[2] > MOST_KEYS:
+        return f"{k.shape[2]} keys; at most {MOST_KEYS}"
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         return f"dtypes {q.dtype}, {k.dtype}, {v.dtype}; need one of fp16, bf16"
     if q.shape[-1] not in STAGES or not q.shape[-1] == k.shape[-1] == v.shape[-1]:

@@ -50,8 +50,9 @@ def place(tile, heads, blocks_q):
 
 @gluon.jit
 def announce(tile, steps, masked, skips, turn, tiles, tiles_full, tiles_empty):
-    """Tell the consumers the next tile, its steps, how many of these need the token mask, and
-    whether the others may be skipped. A tile has fewer than 2^15 steps: 4 M keys.
+    """Tell the consumers the next tile, its steps, those that need the mask, if others may skip.
+
+    A tile has fewer than 2^15 steps: 4 M keys.
     """
     slot = turn % 2
     mbarrier.wait(tiles_empty.index(slot), ((turn // 2) & 1) ^ 1)

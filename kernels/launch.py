@@ -5,12 +5,14 @@ the compiled kernel (dtypes, constants, the alignment of pointers, the values of
 to the caller, who passes it as a key; later launches hand their arguments to the compiled kernel.
 """
 
+import functools
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 MOST = 4096  # prepared launches; lengths that never come back must not fill the memory
 ALIGNMENT = 16  # bytes; Triton compiles one kernel for aligned pointers and one for others
@@ -41,6 +43,29 @@ class TmaView:
     def data_ptr(self) -> int:
         """Byte address of the first element."""
         return self.address
+
+
+class Boxed(NamedTuple):
+    """A contiguous matrix `[N, D]` that a kernel reads `rows` rows at a time through TMA."""
+
+    x: Tensor
+    rows: int
+
+    def descriptor(self) -> TensorDescriptor:
+        """As a kernel's first launch takes it."""
+        return TensorDescriptor(
+            self.x, list(self.x.shape), list(self.x.stride()), [self.rows, self.x.shape[1]]
+        )
+
+    def view(self) -> TmaView:
+        """As a compiled kernel takes it."""
+        return TmaView(self.x.data_ptr(), self.x.shape, self.x.stride())
+
+
+@functools.cache
+def has_copy_engine(device: torch.device) -> bool:
+    """Whether a device has TMA: sm_90 and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def aligned(*tensors: Tensor) -> bool:
@@ -105,6 +130,8 @@ def launch(
     """`again` if the key is known, else `first`; arguments as there."""
     made = prepared(key) if device.type == "cuda" else None
     if made is None:
-        first(kernel, key, programs, arguments, **constants)
+        described = [x.descriptor() if isinstance(x, Boxed) else x for x in arguments]
+        first(kernel, key, programs, described, **constants)
     else:
-        again(made, device.index, programs, arguments)
+        viewed = [x.view() if isinstance(x, Boxed) else x for x in arguments]
+        again(made, device.index, programs, viewed)

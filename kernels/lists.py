@@ -21,3 +21,8 @@ def to_keep(counts: Tensor, indices: Tensor) -> Tensor:
     listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
     keep = torch.zeros_like(indices, dtype=torch.bool)
     return keep.scatter(-1, indices.long(), listed)
+
+
+def transposed(counts: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """For every key block, the query blocks that list it: `([..., NK], [..., NK, NQ])`."""
+    return from_keep(to_keep(counts, indices).transpose(-1, -2))

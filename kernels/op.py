@@ -2,7 +2,8 @@
 
 Registered through `torch.library.Library`, whose call costs a half to a third of a `custom_op`'s.
 Opaque to Inductor; q, k and v may have any strides, the output is `[B, Lq, Hq, D]` in memory, as
-models read it. There is no backward yet: the pass leaves calls that need gradients dense.
+models read it. Where a gradient is needed it calls `afbs::attention_train` of `kernels.train_op`,
+which keeps what a backward reads.
 """
 
 from typing import Any, cast
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from afbs_compile.kernels import dispatch
+from afbs_compile.kernels import dispatch, train_op
 from afbs_compile.kernels.geometry import Mask
 
 LIBRARY: Any = torch.library.Library("afbs", "DEF")  # type: ignore[no-untyped-call]
@@ -44,8 +45,7 @@ def attention(
 
 def attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     """Shape, dtype and strides of the result."""
-    batch, heads, length = q.shape[:3]
-    return q.new_empty((batch, length, heads, v.shape[-1])).transpose(1, 2)
+    return train_op.rows_like(q)
 
 
 def attention_flops(
@@ -61,22 +61,51 @@ def attention_flops(
     return dispatch.flops(q_shape, k_shape, causal=causal)
 
 
-def attention_autograd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-    """Refuse what would need a backward, run everything else below autograd.
+def attention_autograd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor,
+    causal: bool,
+    offset: int,
+    window: int,
+    scale: float,
+    selector: str,
+    min_length: int,
+) -> Tensor:
+    """Run what needs no gradient below autograd, everything else through the training op.
 
     Raises:
-        RuntimeError: An input needs a gradient.
+        RuntimeError: An input needs a gradient on a device without a backward.
     """
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    site = causal, offset, window, scale, selector
+    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+        with torch._C._AutoDispatchBelowAutograd(), torch.no_grad():
+            return cast(Tensor, torch.ops.afbs.attention(q, k, v, policy, *site, min_length))
+    if q.shape[2] < min_length:
+        out = dispatch.dense(q, k, v, mask=Mask(causal, offset, window), scale=scale)
+        return out.transpose(1, 2).contiguous().transpose(1, 2)
+    reason = dispatch.no_backward(q.device.type)
+    if reason is not None:
         raise RuntimeError(
-            "afbs::attention has no backward yet: call it under torch.no_grad() or "
+            f"afbs::attention has {reason}: call it under torch.no_grad() or "
             "torch.inference_mode(), or use scaled_dot_product_attention for training"
         )
-    with torch._C._AutoDispatchBelowAutograd(), torch.no_grad():
-        return cast(Tensor, torch.ops.afbs.attention(q, k, v, *rest))
+    return cast(Tensor, torch.ops.afbs.attention_train(q, k, v, policy, *site)[0])
+
+
+def attention_autocast(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    """As SDPA in an autocast region: q, k and v in its dtype, the policy as it is."""
+    device = q.device.type
+    dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        return cast(Tensor, torch.ops.afbs.attention(*(x.to(dtype) for x in (q, k, v)), *rest))
 
 
 LIBRARY.impl("attention", attention, "CompositeExplicitAutograd")
 LIBRARY.impl("attention", attention_autograd, "Autograd")
+for key in ("AutocastCPU", "AutocastCUDA"):
+    LIBRARY.impl("attention", attention_autocast, key)
 torch.library.register_fake("afbs::attention", attention_fake, lib=LIBRARY)
 register_flop_formula(torch.ops.afbs.attention)(attention_flops)
+train_op.register(LIBRARY)

@@ -60,3 +60,31 @@ def forward(
         outputs.append(p.masked_fill(~seen, 0) @ values)
         lses.append(lse)
     return torch.cat(outputs, 2).to(q.dtype), torch.cat(lses, 2)
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    policy: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    block_m: int,
+    block_n: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `forward`, by autograd: `dq`, `dk`, `dv` in fp32.
+
+    Arguments as in `forward`; `do` is the gradient of o.
+    """
+    q, k, v = (x.detach().float().requires_grad_() for x in (q, k, v))
+    with torch.enable_grad():
+        o, _ = forward(
+            q, k, v, counts, indices, policy,
+            mask=mask, scale=scale, block_m=block_m, block_n=block_n,
+        )  # fmt: skip
+        dq, dk, dv = torch.autograd.grad(o, (q, k, v), do.float())
+    return dq, dk, dv

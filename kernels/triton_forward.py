@@ -190,6 +190,7 @@ def forward(
     scale: float,
     block_m: int,
     block_n: int,
+    counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over block lists; no host synchronisation, can be captured in a CUDA graph.
 
@@ -204,6 +205,7 @@ def forward(
         scale: Multiplier on q·k.
         block_m: Query block, tokens; a power of two from 16 on.
         block_n: Key block, tokens; a power of two from 16 on.
+        counter: Taken for the signature of `kernels.gluon_forward`; not used.
 
     Returns:
         `o` in q's dtype, `[B, Hq, Lq, D]` over `[B, Lq, Hq, D]` memory, and `lse` fp32

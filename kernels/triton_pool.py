@@ -48,10 +48,19 @@ def needs_scores(policy, h, count, GROUP: tl.constexpr):
 
 
 @triton.jit
+def column(n, FOLD: tl.constexpr):
+    """Where the mean of sub-block `n` stands: the inverse of `kernels.triton_scores.sub_block`."""
+    if FOLD > 1:
+        wide: tl.constexpr = 4 * FOLD
+        n = n // wide * wide + n % FOLD // 2 * 8 + n % wide // FOLD * 2 + n % 2
+    return n
+
+
+@triton.jit
 def pool_tile(
-    x_head, means, similarity, n, stride_l, length, blocks,
-    D: tl.constexpr, D_PADDED: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
-    COSINE: tl.constexpr,
+    x_head, means, similarity, n, stride_l, length, blocks, rows,
+    D: tl.constexpr, D_PADDED: tl.constexpr, SIZE: tl.constexpr, FOLD: tl.constexpr,
+    TILE: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
     """Means of the blocks `n` of `SIZE` tokens; with `COSINE` |mean of unit vectors|² too."""
     d = tl.arange(0, D_PADDED)
@@ -70,19 +79,20 @@ def pool_tile(
                     units += x / tl.maximum(norm, 1e-12)[:, None]
     tokens = tl.maximum(tl.minimum(length - n * SIZE, SIZE), 1).to(tl.float32)
     mean = (total / tokens[:, None]).to(means.dtype.element_ty)
-    tl.store(means + n[:, None] * D_PADDED + d[None, :], mean, mask=(n < blocks)[:, None])
+    row = column(n, FOLD)
+    tl.store(means + row[:, None] * D_PADDED + d[None, :], mean, mask=(n < rows)[:, None])
     if COSINE:
         units = units / tokens[:, None]
         tl.store(similarity + n, tl.sum(units * units, 1), mask=n < blocks)
 
 
-@triton.jit(do_not_specialize=[*LENGTHS[:6], "programs_q"])
+@triton.jit(do_not_specialize=[*LENGTHS[:6], "rows_k", "programs_q"])
 def pool_kernel(
     Q, K, Q_MEANS, K_MEANS, Q_SIMILARITY, K_SIMILARITY, POLICY,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl,
-    heads, group, length_q, length_k, blocks_q, blocks_k, programs_q,
+    heads, group, length_q, length_k, blocks_q, blocks_k, rows_k, programs_q,
     D: tl.constexpr, D_PADDED: tl.constexpr, SIZE_Q: tl.constexpr, SIZE_K: tl.constexpr,
-    TILE: tl.constexpr, GROUP: tl.constexpr, COSINE: tl.constexpr,
+    FOLD: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
     """`TILE` blocks of one head of q or of k; nothing for a head whose blocks need no scores."""
     pid = tl.program_id(0)
@@ -95,19 +105,19 @@ def pool_kernel(
             means = Q_MEANS + bh * blocks_q * D_PADDED
             pool_tile(
                 x_head, means, Q_SIMILARITY + bh * blocks_q, n, stride_ql, length_q, blocks_q,
-                D, D_PADDED, SIZE_Q, TILE, COSINE,
+                blocks_q, D, D_PADDED, SIZE_Q, 1, TILE, COSINE,
             )  # fmt: skip
     else:
-        tiles = tl.cdiv(blocks_k, TILE)
+        tiles = tl.cdiv(rows_k, TILE)
         bh = ((pid - programs_q) // tiles).to(tl.int64)
         kv_heads = heads // group
         if needs_scores(POLICY, bh % kv_heads * group, group, GROUP) > 0:
             n = (pid - programs_q) % tiles * TILE + tl.arange(0, TILE)
             x_head = K + bh // kv_heads * stride_kb + bh % kv_heads * stride_kh
-            means = K_MEANS + bh * blocks_k * D_PADDED
+            means = K_MEANS + bh * rows_k * D_PADDED
             pool_tile(
                 x_head, means, K_SIMILARITY + bh * blocks_k, n, stride_kl, length_k, blocks_k,
-                D, D_PADDED, SIZE_K, TILE, COSINE,
+                rows_k, D, D_PADDED, SIZE_K, FOLD, TILE, COSINE,
             )  # fmt: skip
 
 
@@ -116,8 +126,22 @@ def tiling(padded: int, cosine: bool) -> tuple[int, int]:
     return (max(1, 256 // padded), 1) if cosine else (max(2, 2048 // padded), 4)
 
 
+def pooled_width(q: Tensor) -> tuple[int, int]:
+    """Columns of the means, D padded to a power of two, and bytes of an element."""
+    padded = max(16, triton.next_power_of_2(q.shape[-1]))
+    return padded, 4 if interpreted() else q.element_size()
+
+
 def pool(
-    q: Tensor, k: Tensor, policy: Tensor, *, size_q: int, size_k: int, cosine: bool
+    q: Tensor,
+    k: Tensor,
+    policy: Tensor,
+    *,
+    size_q: int,
+    size_k: int,
+    fold_k: int,
+    step_k: int,
+    cosine: bool,
 ) -> Pooled:
     """Means of blocks of q and k, and with `cosine` their self-similarity.
 
@@ -127,6 +151,8 @@ def pool(
         policy: float32 `[Hq, COLUMNS]`, contiguous; heads that need no scores are left undefined.
         size_q: Tokens of a block of q; 4 or a multiple of 8.
         size_k: Tokens of a block of k.
+        fold_k: Blocks of k that are added up later; above 1 they are ordered for that.
+        step_k: The means of k are filled up with zeros, so that this many can be read anywhere.
         cosine: Whether the self-similarity is wanted; undefined if not.
 
     Returns:
@@ -135,29 +161,30 @@ def pool(
     q, k = rows_contiguous(q), rows_contiguous(k)
     (batch, heads, length_q, dim), (_, kv_heads, length_k, _) = q.shape, k.shape
     blocks_q, blocks_k = -(-length_q // size_q), -(-length_k // size_k)
-    padded = max(16, triton.next_power_of_2(dim))
+    rows_k = (-(-blocks_k // step_k) + 1) * step_k  # a step may start anywhere
+    padded, _ = pooled_width(q)
     tile, warps = tiling(padded, cosine)
     dtype = torch.float32 if interpreted() else q.dtype
     made = Pooled(
         torch.empty(batch, heads, blocks_q, padded, dtype=dtype, device=q.device),
-        torch.empty(batch, kv_heads, blocks_k, padded, dtype=dtype, device=q.device),
+        torch.empty(batch, kv_heads, rows_k, padded, dtype=dtype, device=q.device),
         *(
             torch.empty((batch, h, n) if cosine else (1,), dtype=torch.float32, device=q.device)
             for h, n in ((heads, blocks_q), (kv_heads, blocks_k))
         ),
     )
     programs_q = batch * heads * -(-blocks_q // tile)
-    programs = programs_q + batch * kv_heads * -(-blocks_k // tile)
+    programs = programs_q + batch * kv_heads * -(-rows_k // tile)
     group = heads // kv_heads
     key = (
         pool_kernel, q.device.index, q.dtype, k.dtype, q.shape, q.stride(), k.shape, k.stride(),
-        size_q, size_k, cosine, aligned(q), aligned(k), aligned(policy),
+        size_q, size_k, fold_k, step_k, cosine, aligned(q), aligned(k), aligned(policy),
     )  # fmt: skip
     launch(
         pool_kernel, key, q.device, programs,
         (q, k, *made, policy, *q.stride()[:3], *k.stride()[:3], heads, group, length_q, length_k,
-         blocks_q, blocks_k, programs_q),
-        D=dim, D_PADDED=padded, SIZE_Q=size_q, SIZE_K=size_k, TILE=tile,
+         blocks_q, blocks_k, rows_k, programs_q),
+        D=dim, D_PADDED=padded, SIZE_Q=size_q, SIZE_K=size_k, FOLD=fold_k, TILE=tile,
         GROUP=triton.next_power_of_2(group), COSINE=cosine, num_warps=warps,
         enable_fp_fusion=True,
     )  # fmt: skip

@@ -195,14 +195,14 @@ def select_counted(
     length_k, policy = k.shape[2], policy.contiguous()
     blocks_q, blocks_k = -(-length_q // block_m), -(-length_k // block_n)
     n = batch * heads * blocks_q
-    start = -(-(n + 1) // 4) * 4  # the lists start at a multiple of 16 bytes
-    work = torch.empty(start + n * blocks_k, dtype=torch.int32, device=q.device)
+    start = -(-n // 4) * 4  # each part starts at a multiple of 16 bytes
+    work = torch.empty(start + 4 + n * blocks_k, dtype=torch.int32, device=q.device)
     counts = work[:n].view(batch, heads, blocks_q)
-    indices = work[start:].view(batch, heads, blocks_q, blocks_k)
-    counter = work[n : n + 1]
+    counter = work[start : start + 1]
+    indices = work[start + 4 :].view(batch, heads, blocks_q, blocks_k)
     key = (
         pick_kernel, q.device.index, q.shape, k.shape, mask, selector, block_m, block_n,
-        aligned(policy), n % 4 == 0,
+        aligned(policy),
     )  # fmt: skip
     with on_device(q):
         scores, q_similarity, k_similarity = block_scores(

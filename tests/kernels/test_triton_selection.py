@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
@@ -104,7 +104,7 @@ def test_runs_where_it_should():
     assert triton_common.interpreted() != GPU, "triton was imported before this module chose"
 
 
-@settings(max_examples=40 if GPU else 12)
+@settings(max_examples=40 if GPU else 12, phases=[Phase.generate])
 @given(problem=problems())
 def test_keeps_what_the_rule_asks_for(problem, poisoned_empty):
     """Visible and forced blocks as the oracle's; by score no less than tau, no block too many."""

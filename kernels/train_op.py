@@ -1,0 +1,161 @@
+"""The ops behind a gradient of `afbs::attention`: `attention_train` and `attention_backward`.
+
+Autograd is registered with the ops, so AOTAutograd traces both into the graphs it compiles. Which
+blocks are kept is a constant: no gradient goes through the selection, the policy gets none.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from afbs_compile.kernels import dispatch
+from afbs_compile.kernels.geometry import Mask
+
+SITE = "Tensor policy, bool causal, SymInt offset, int window, float scale"
+TRAIN = (
+    f"attention_train(Tensor q, Tensor k, Tensor v, {SITE}, str selector)"
+    " -> (Tensor o, Tensor lse, Tensor counts, Tensor indices)"
+)
+BACKWARD = (
+    "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
+    f"Tensor counts, Tensor indices, {SITE}) -> (Tensor dq, Tensor dk, Tensor dv)"
+)
+Gradients = tuple[Tensor, Tensor, Tensor]
+Saved = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def rows_like(x: Tensor) -> Tensor:
+    """Empty `[B, H, L, D]` over `[B, L, H, D]` memory."""
+    batch, heads, length, head_dim = x.shape
+    return x.new_empty((batch, length, heads, head_dim)).transpose(1, 2)
+
+
+def train(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor,
+    causal: bool,
+    offset: int,
+    window: int,
+    scale: float,
+    selector: str,
+) -> Saved:
+    """Forward; results as in `dispatch.select_and_attend`."""
+    o, lse, counts, indices = dispatch.select_and_attend(
+        q, k, v, policy, mask=Mask(causal, offset, window), scale=scale, selector=selector
+    )
+    # selection may put both lists into one memory; an op's results must have each their own
+    return o, lse, counts.clone(), indices.clone()
+
+
+def train_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Saved:
+    """Shapes, dtypes and strides of the results."""
+    batch, heads, length_q, _ = q.shape
+    block_m, block_n = dispatch.block_sizes(q.device.type)
+    blocks_q, blocks_k = -(-length_q // block_m), -(-k.shape[2] // block_n)
+    return (
+        rows_like(q),
+        q.new_empty((batch, heads, length_q), dtype=torch.float32),
+        q.new_empty((batch, heads, blocks_q), dtype=torch.int32),
+        q.new_empty((batch, heads, blocks_q, blocks_k), dtype=torch.int32),
+    )
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    policy: Tensor,
+    causal: bool,
+    offset: int,
+    window: int,
+    scale: float,
+) -> Gradients:
+    """Gradients; arguments as in `dispatch.backward`."""
+    return dispatch.backward(
+        do, q, k, v, o, lse, counts, indices, policy,
+        mask=Mask(causal, offset, window), scale=scale,
+    )  # fmt: skip
+
+
+def backward_fake(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Gradients:
+    """Shapes, dtypes and strides of the results."""
+    return rows_like(q), rows_like(k), rows_like(v)
+
+
+def keep(ctx: Any, inputs: tuple[Any, ...], output: Saved) -> None:
+    """Save what the backward reads."""
+    q, k, v, policy, causal, offset, window, scale, _ = inputs
+    ctx.save_for_backward(q, k, v, *output, policy)
+    ctx.site = causal, offset, window, scale
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros as large as the lists, for nobody
+
+
+def differentiate(ctx: Any, do: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k and v where they are wanted; none of the policy and the site."""
+    none = (None,) * 6
+    if do is None:
+        return (None, None, None, *none)
+    found = torch.ops.afbs.attention_backward(do, *ctx.saved_tensors, *ctx.site)
+    wanted = zip(cast(Gradients, found), ctx.needs_input_grad, strict=False)
+    return (*(x if needed else None for x, needed in wanted), *none)
+
+
+def differentiate_twice(ctx: Any, *gradients: Tensor) -> None:
+    """There is no backward of the backward.
+
+    Raises:
+        RuntimeError: Always.
+    """
+    raise RuntimeError(
+        "afbs::attention cannot be differentiated twice: use scaled_dot_product_attention "
+        "(with the math backend) where a gradient of a gradient is needed"
+    )
+
+
+def train_flops(
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    v_shape: tuple[int, ...],
+    policy_shape: tuple[int, ...],
+    causal: bool,
+    *rest: Any,
+    **keywords: Any,
+) -> int:
+    """Upper bound, as `attention_flops`."""
+    return dispatch.flops(q_shape, k_shape, causal=causal)
+
+
+def backward_flops(
+    do_shape: tuple[int, ...], q_shape: tuple[int, ...], k_shape: tuple[int, ...],
+    v_shape: tuple[int, ...], o_shape: tuple[int, ...], lse_shape: tuple[int, ...],
+    counts_shape: tuple[int, ...], indices_shape: tuple[int, ...],
+    policy_shape: tuple[int, ...], causal: bool, *rest: Any, **keywords: Any,
+) -> int:  # fmt: skip
+    """Upper bound: five matrix products where the forward has two."""
+    return 5 * dispatch.flops(q_shape, k_shape, causal=causal) // 2
+
+
+def register(library: Any) -> None:
+    """Define both ops in the library `afbs`."""
+    for schema in (TRAIN, BACKWARD):
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl("attention_train", train, "CompositeExplicitAutograd")
+    library.impl("attention_backward", backward, "CompositeExplicitAutograd")
+    torch.library.register_fake("afbs::attention_train", train_fake, lib=library)
+    torch.library.register_fake("afbs::attention_backward", backward_fake, lib=library)
+    torch.library.register_autograd(
+        "afbs::attention_train", differentiate, setup_context=keep, lib=library
+    )
+    torch.library.register_autograd("afbs::attention_backward", differentiate_twice, lib=library)
+    register_flop_formula(torch.ops.afbs.attention_train)(train_flops)
+    register_flop_formula(torch.ops.afbs.attention_backward)(backward_flops)
