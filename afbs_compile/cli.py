@@ -16,6 +16,7 @@ from afbs_compile.options import EVALUATORS, FIDELITIES, SELECTORS, STRATEGIES
 from afbs_compile.policy import PolicyError
 from afbs_compile.versions import version
 
+BENCH_CASES = ("forward", "selection", "whole_op", "backward", "forward_backward", "host")
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 
@@ -55,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     add_tune(commands.add_parser("tune", help="tune a local model ahead of time"))
     add_show(commands.add_parser("show", help="show a policy by site and head"))
     add_cache(commands.add_parser("cache", help="list, check and delete stored policies"))
+    add_bench(commands.add_parser("bench", help="measure the kernels on this machine's GPU"))
     add_doctor(commands.add_parser("doctor", help="check what this machine can do"))
     return top
 
@@ -144,6 +146,30 @@ def add_cache(command: argparse.ArgumentParser) -> None:
             which.add_argument("--all", action="store_true", help="every policy")
         add_cache_dir(action)
         add_json(action)
+
+
+def add_bench(command: argparse.ArgumentParser) -> None:
+    """`afbs bench`."""
+    command.add_argument("what", choices=("attention",), help="against its rivals")
+    add_bench_options(command)
+    add_json(command)
+
+
+def add_bench_options(command: argparse.ArgumentParser) -> None:
+    """What `afbs bench attention` and `bench/attention.py` share."""
+    command.add_argument("--quick", action="store_true", help="fewer and shorter shapes")
+    command.add_argument(
+        "--case", metavar="NAMES", help=f"a part, with commas: {', '.join(BENCH_CASES)}"
+    )
+    command.add_argument(
+        "--shapes",
+        metavar="SHAPES",
+        help="LENGTH[:causal|:full][:dHEAD_DIM][:kvHEADS], with commas: 8192,16384:causal:d64",
+    )
+    command.add_argument(
+        "--seconds", type=float, metavar="N", help="begin nothing after N seconds"
+    )
+    command.add_argument("--output", type=Path, metavar="DIR", help="write attention.json there")
 
 
 def add_doctor(command: argparse.ArgumentParser) -> None:

@@ -1,135 +1,187 @@
-"""Attention on a GPU: our kernels against cuDNN's SDPA. `python bench/attention.py [--quick]`."""
+"""Attention on a GPU against cuDNN, FlashAttention-2 and -4, and FlexAttention.
+
+`python bench/attention.py [--quick]`, or `afbs bench attention`. `docs/benchmarks.md` says what a
+row means.
+"""
 
 import argparse
-import math
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from harness import interleaved, ratio, write
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from afbs_compile.kernels import dispatch, lists
-from afbs_compile.kernels import policy_columns as col
-from afbs_compile.kernels.geometry import Blocks, Mask, head_visible
+from afbs_compile.bench import cases, harness, problems, tables, training
+from afbs_compile.bench.baselines import QUICK, THOROUGH, Flex, Notes
+from afbs_compile.bench.cases import Bench, Row
+from afbs_compile.bench.checks import WrongResult
+from afbs_compile.bench.problems import Problem, Shape
+from afbs_compile.cli import BENCH_CASES, add_bench_options
+from afbs_compile.commands.errors import CommandError
+from afbs_compile.progress import Progress
 
-SHAPES = [
-    (8192, False),
-    (16384, False),
-    (32768, False),
-    (8192, True),
-    (16384, True),
-    (32768, True),
-]
-KEPT = (1.0, 0.25, 0.1)
-HEADS = 32
-
-
-def policy(tau: float) -> torch.Tensor:
-    """All heads sparse at one tau."""
-    rows = torch.zeros(HEADS, col.COLUMNS)
-    rows[:, col.MODE], rows[:, col.TAU], rows[:, col.THETA] = col.SPARSE, tau, -1.0
-    rows[:, col.LAMBDA], rows[:, col.SINK], rows[:, col.NEIGHBOURS] = -math.inf, 64, 2
-    return rows.cuda()
-
-
-def random_lists(
-    length: int, causal: bool, kept: float
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Random blocks plus the diagonal, and the share of visible blocks that they are."""
-    block_m, block_n = dispatch.block_sizes("cuda")
-    q, k = (Blocks.of(length, b, torch.device("cuda")) for b in (block_m, block_n))
-    visible = head_visible(Mask(causal), policy(1.0)[:1], q, k)
-    diagonal = (k.last >= q.first[:, None]) & (k.first <= q.last[:, None])
-    wanted = torch.rand(1, HEADS, len(q), len(k), device="cuda") < kept
-    keep = (wanted | diagonal) & visible
-    return *lists.from_keep(keep), (keep.sum() / (visible.sum() * HEADS)).item()
+NO_DEVICE = (
+    "there is no CUDA device here, and the GPU's kernels are what is measured; run it on a "
+    "machine with an NVIDIA GPU, and `afbs doctor` there if this is one"
+)
+MASKS = (False, True)
+LENGTHS = (8192, 16384, 32768)
+SELECTION_LENGTHS = (*LENGTHS, 65536)
+Case = Callable[[Bench, Problem], list[Row]]
+FUNCTIONS: dict[str, Case] = {
+    "forward": cases.forward,
+    "forward_coarse": cases.forward_coarse,
+    "selection": cases.selection,
+    "whole_op": cases.whole_op,
+    "backward": training.backward,
+    "forward_backward": training.forward_backward,
+    "host": cases.host,
+}
 
 
-def tau_for(q: torch.Tensor, k: torch.Tensor, site: dict, kept: float) -> tuple[float, float]:
-    """The tau at which selection keeps about `kept`, by bisection, and what it keeps."""
-    from afbs_compile.kernels import triton_selection
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One case of one shape."""
 
-    low, high, share = 0.0, 1.0, 1.0
-    block_m, block_n = dispatch.block_sizes("cuda")
-    qb, kb = (Blocks.of(q.shape[2], b, q.device) for b in (block_m, block_n))
-    visible = head_visible(site["mask"], policy(1.0)[:1], qb, kb).sum() * HEADS
-    for _ in range(12):
-        tau = (low + high) / 2
-        counts, _ = triton_selection.select(q, k, policy(tau), selector="sub8",
-                                            block_m=block_m, block_n=block_n, **site)  # fmt: skip
-        share = (counts.sum() / visible).item()
-        low, high = (tau, high) if share < kept else (low, tau)
-    return tau, share
+    case: str
+    shape: Shape
+    kind: str = "randn"
+    kept: tuple[float, ...] = ()
+
+    def __str__(self) -> str:
+        """For people."""
+        return f"{self.case} {self.shape}{'' if self.kind == 'randn' else f' {self.kind}'}"
 
 
-def rows_of(length: int, causal: bool, dim: int, repeats: int) -> list[dict]:
-    """All rows of one shape."""
-    from afbs_compile.kernels import triton_forward, triton_selection
-
-    torch.manual_seed(0)
-    shape = (1, length, HEADS, dim)
-    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-               for _ in range(3))  # fmt: skip
-    site = {"mask": Mask(causal), "scale": dim**-0.5}
-    block_m, block_n = dispatch.block_sizes("cuda")
-    blocks = {"block_m": block_m, "block_n": block_n}
-
-    def cudnn() -> None:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-    common = {"head_dim": dim, "length": length, "causal": causal, "heads": HEADS,
-              "kv_heads": HEADS, "batch": 1, "dtype": "bfloat16", "ratio_flex": None,
-              "ratio_fa4": None}  # fmt: skip
-    chosen_forward = dispatch.gpu_forward(q, k, v, **blocks)
-    kernel = "gluon" if "gluon" in chosen_forward.__module__ else "triton"
-    rows = []
-    for kept in KEPT:
-        counts, indices, share = random_lists(length, causal, kept)
-        everything = policy(1.0)
-        tau, selected = (1.0, 1.0) if kept == 1 else tau_for(q, k, site, kept)
-        chosen = policy(tau)
-        calls = {
-            "cudnn": cudnn,
-            "portable": lambda c=counts, i=indices, p=everything: triton_forward.forward(
-                q, k, v, c, i, p, **site, **blocks
-            ),
-            "forward": lambda c=counts, i=indices, p=everything: chosen_forward(
-                q, k, v, c, i, p, **site, **blocks
-            ),
-            "selection": lambda p=chosen: triton_selection.select(
-                q, k, p, selector="sub8", **site, **blocks
-            ),
-            "whole_op": lambda p=chosen: dispatch.attention(q, k, v, p, selector="sub8", **site),
-        }
-        times = interleaved(calls, repeats)
-        for case in ("portable", "forward", "selection", "whole_op"):
-            median, spread = ratio(times["cudnn"], times[case])
-            row = common | {
-                "case": "forward" if case == "portable" else case,
-                "kernel": kernel if case in ("forward", "whole_op") else "triton",
-                "kept": share if case in ("forward", "portable") else selected,
-                "ours_ms": sorted(times[case])[repeats // 2],
-                "cudnn_ms": sorted(times["cudnn"])[repeats // 2],
-                "ratio_cudnn": median, "spread": spread,
-            }  # fmt: skip
-            rows.append(row)
-            print(f"d{dim} {length} {'causal' if causal else 'full  '} {case:9s} "
-                  f"kept {row['kept']:.3f} ours {row['ours_ms']:.3f} ms cudnn "
-                  f"{row['cudnn_ms']:.3f} ms x{median:.2f} ±{spread:.2f}", flush=True)  # fmt: skip
-    return rows
+def plan(wanted: list[str], shapes: list[Shape] | None, quick: bool) -> list[Step]:
+    """All steps, those of one shape together, what may disturb others last."""
+    masked = [Shape(n, causal) for n in LENGTHS for causal in MASKS]
+    every = shapes or masked + [Shape(16384, causal, 64) for causal in MASKS]
+    scored = shapes or [Shape(n, causal) for n in SELECTION_LENGTHS for causal in MASKS]
+    trained = shapes or [shape for shape in masked if shape.length <= 16384]
+    if quick and not shapes:
+        every = [shape for shape in every if shape.length <= 16384 and shape.head_dim == 128]
+        scored = every
+        trained = [shape for shape in every if shape.length == 8192]
+    kept = (1.0, 0.25) if quick else (1.0, 0.5, 0.25, 0.1)
+    few = kept[1:] if quick else (0.25, 0.1)
+    steps = []
+    for shape in every:
+        steps.append(Step("forward", shape, kept=kept))
+        steps.append(Step("whole_op", shape, kept=(1.0, *few)))
+        steps.append(Step("whole_op", shape, "clustered", few))
+        if shape.length == min(s.length for s in every):
+            steps.append(Step("host", shape))
+    steps += [Step("selection", shape) for shape in scored]
+    for shape in trained:
+        steps.append(Step("backward", shape, kept=few))
+        steps.append(Step("forward_backward", shape, kept=few))
+    steps += [Step("forward_coarse", shape, kept=few) for shape in every]
+    return [step for step in steps if step.case.removesuffix("_coarse") in wanted]
 
 
-def main() -> None:
-    """Run the grid and store it."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="8k and 16k, d=128 only")
-    quick = parser.parse_args().quick
-    shapes = [s for s in SHAPES if s[0] <= 16384] if quick else SHAPES
-    rows = [r for n, causal in shapes for r in rows_of(n, causal, 128, 7)]
-    if not quick:
-        rows += [r for causal in (False, True) for r in rows_of(16384, causal, 64, 7)]
-    print(write("attention", rows))
+def measured(
+    steps: list[Step], bench: Bench, seconds: float | None, on_progress: Callable[..., Any]
+) -> Iterator[list[Row]]:
+    """The rows of every step; none is begun after `seconds`, and what is left out is noted."""
+    begun = time.monotonic()
+    problem: Problem | None = None
+    for done, step in enumerate(steps):
+        if seconds is not None and time.monotonic() - begun > seconds:
+            names = ", ".join(str(left) for left in steps[done:])
+            bench.notes(f"left out after {seconds:g} s: {names}")
+            break
+        on_progress(done, len(steps), "attention", str(step))
+        if problem is None or (problem.shape, problem.kind) != (step.shape, step.kind):
+            problem = None  # before the next one takes memory
+            problem = problems.make(step.shape, step.kind)
+        try:
+            yield FUNCTIONS[step.case](dataclasses.replace(bench, kept=step.kept), problem)
+        except torch.OutOfMemoryError:
+            bench.notes(f"{step} left out: the device's memory is too small")
+    on_progress(len(steps), len(steps), "attention", "")
+
+
+def line(row: Row) -> str:
+    """A row for people who wait."""
+    mask = "causal" if row["causal"] else "full"
+    name = f"d{row['head_dim']} {row['length']} {mask} {row['case']} {row['inputs']}"
+    if row["case"] == "host":
+        return f"{name} {row['variant']}: {row['host_us']:.0f} us"
+    marks = ("cudnn", "fa2", "flex", "fa4")
+    over = " ".join(f"{m} x{v:.2f}" for m in marks if (v := row[f"ratio_{m}"]) is not None)
+    details = [row["kernel"], row["selector"], row["granularity"], f"kept {row['kept']:.3f}"]
+    told = " ".join(str(detail) for detail in details if detail)
+    return f"{name} {told}: {row['ours_ms']:.3f} ms, {over}"
+
+
+def run(args: argparse.Namespace, output: Path | None) -> dict[str, Any]:
+    """Measure what was asked for; written to `output` after every step.
+
+    Raises:
+        CommandError: There is no CUDA device, an argument is no shape or case, or a kernel
+            computes something wrong.
+    """
+    steps = plan(wanted(args.case), shapes(args.shapes), args.quick)
+    if not torch.cuda.is_available():
+        raise CommandError(NO_DEVICE)
+    rows: list[Row] = []
+    with Progress() as progress:
+
+        def tell(text: str) -> None:
+            progress.bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+        notes = Notes(tell=tell)
+        flex = Flex(QUICK if args.quick else THOROUGH, notes)
+        bench = Bench(flex, notes, repeats=7 if args.quick else 9, portable=not args.quick)
+        try:
+            for found in measured(steps, bench, args.seconds, progress):
+                rows += found
+                for row in found:
+                    tell(line(row))
+                if output:
+                    harness.write(harness.document("attention", rows, notes.told), output)
+        except WrongResult as error:
+            raise CommandError(f"{error}; please report it with this command") from error
+    document = harness.document("attention", rows, notes.told)
+    if output:
+        harness.write(document, output)
+    return document
+
+
+def wanted(text: str | None) -> list[str]:
+    """The cases of `--case`; all by default."""
+    names = list(BENCH_CASES) if text is None else [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in BENCH_CASES]:
+        raise CommandError(f"no case {', '.join(unknown)}; there are {', '.join(BENCH_CASES)}")
+    return names
+
+
+def shapes(text: str | None) -> list[Shape] | None:
+    """The shapes of `--shapes`, if they were given."""
+    try:
+        return [Shape.parse(part) for part in text.split(",")] if text else None
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def main() -> int:
+    """Run the grid, store it among the committed results, and print the README's table."""
+    parser = argparse.ArgumentParser(description="Attention on a GPU, against its rivals.")
+    add_bench_options(parser)
+    args = parser.parse_args()
+    try:
+        document = run(args, args.output or harness.RESULTS)
+    except CommandError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    print(tables.attention(document))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from harness import write
 
+from afbs_compile.bench.harness import document, write
 from afbs_compile.demo.run import Setup, demo
 from afbs_compile.options import parse
 
@@ -24,7 +24,7 @@ def main() -> None:
         result, _ = demo(Setup(None, None, tokens, {"cache_dir": empty}))
     row = asdict(result) | {"model": "SmolLM2-135M", "tokens": tokens, "policy_path": None}
     name = "demo_gpu" if torch.cuda.is_available() else "demo_cpu"
-    print(write(name, [row]))
+    print(write(document(name, [row])))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import afbs_compile.kernels.op  # noqa: F401
+from afbs_compile.kernels import policy_columns as col
 
 
 def arguments(policy_tensor, length=300, dtype=torch.float32, min_length=0):
@@ -42,9 +43,31 @@ def test_flops_are_counted(policy_tensor):
     assert counter.get_total_flops() >= 4 * 4 * 32 * 300 * 300 / 2
 
 
-def test_gradients_are_an_error(policy_tensor):
+def test_gradients_are_an_error_on_a_cpu(policy_tensor):
     q, *rest = arguments(policy_tensor)
-    with pytest.raises(RuntimeError, match="no backward yet"):
+    with pytest.raises(RuntimeError, match="no backward on CPU"):
         torch.ops.afbs.attention(q.requires_grad_(), *rest)
     with torch.no_grad():
         assert not torch.ops.afbs.attention(q, *rest).requires_grad
+
+
+def test_short_calls_have_sdpas_gradients(policy_tensor):
+    args = arguments(policy_tensor, length=100, min_length=101)
+    want, got = ([x.clone().requires_grad_() for x in args[:3]] for _ in range(2))
+    torch.ops.afbs.attention(*got, *args[3:]).square().sum().backward()
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    sdpa(*want, is_causal=True, enable_gqa=True).square().sum().backward()
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_is_that_of_sdpa(policy_tensor, dtype):
+    """q, k and v are cast, the policy is not: its window of 257 tokens has no bf16."""
+    q, k, v, _, *rest = arguments(policy_tensor)
+    policy = policy_tensor(4, mode=col.WINDOWED, window=257, sink=0)
+    want = torch.ops.afbs.attention(*(x.to(dtype) for x in (q, k, v)), policy, *rest)
+    with torch.autocast("cpu", dtype=dtype):
+        got = torch.ops.afbs.attention(q, k, v, policy, *rest)
+    assert got.dtype == dtype
+    assert torch.equal(got, want)

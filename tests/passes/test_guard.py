@@ -1,0 +1,29 @@
+"""Which calls that need gradients may be rewritten?"""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from afbs_compile.passes.guard import gradient_refusal
+
+
+def tensors(device, *needed):
+    with FakeTensorMode():
+        made = [torch.empty(1, 4, 64, 32, device=device) for _ in range(3)]
+    return [x.requires_grad_(n in needed) for n, x in enumerate(made)]
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_gradients_need_a_gpu(needed):
+    assert "needs gradients: no backward on CPU" in gradient_refusal(tensors("cpu", *needed))
+    assert gradient_refusal(tensors("cuda", *needed)) is None
+
+
+def test_nothing_is_refused_where_no_gradient_is_needed():
+    assert gradient_refusal(tensors("cpu")) is None
+    with torch.no_grad():
+        assert gradient_refusal(tensors("cpu", 0, 1, 2)) is None
+
+
+def test_tensors_may_come_from_an_iterator():
+    assert "needs gradients" in gradient_refusal(iter(tensors("cpu", 2)))
