@@ -162,9 +162,10 @@ def selection(bench: Bench, problem: Problem) -> list[Row]:
     """Which blocks? Every selector, against cuDNN's dense attention without a mask."""
     full = dataclasses.replace(problem, shape=dataclasses.replace(problem.shape, causal=False))
     cudnn = baselines.tried(f"cudnn {full.shape}", baselines.cudnn(full), bench.notes)
+    policy = problems.policy(SELECTION_TAU, problem.heads, problem.q.device)
     rows = []
     for selector in SELECTORS:
-        ours = functools.partial(problems.select, problem, SELECTION_TAU, selector)
+        ours = functools.partial(problems.selected, problem, policy, selector)
         calls = present({"ours": ours, "cudnn": cudnn})
         times = harness.interleaved(calls, bench.repeats)
         found = timed(
@@ -206,9 +207,10 @@ def host(bench: Bench, problem: Problem) -> list[Row]:
     """What a call costs the host, in Python and in launches."""
     chosen = dispatch.gpu_forward(problem.q, problem.k, problem.v, **BLOCKS)
     tau, lists = problems.tau_for(problem, 0.25)
+    policy = problems.policy(tau, problem.heads, problem.q.device)
     calls: dict[str, Callable[[], Any]] = {
         "forward": attend(problem, lists, chosen),
-        "selection": functools.partial(problems.select, problem, tau),
+        "selection": functools.partial(problems.selected, problem, policy, "sub8"),
         "whole_op": whole(problem, tau),
     }
     rows = [

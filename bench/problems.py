@@ -148,11 +148,16 @@ def share(problem: Problem, counts: Tensor) -> float:
 
 def select(problem: Problem, tau: float, selector: str = "sub8") -> Lists:
     """The lists that a tau gives."""
+    return selected(problem, policy(tau, problem.heads, problem.q.device), selector)
+
+
+def selected(problem: Problem, rows: Tensor, selector: str) -> Lists:
+    """The lists that a policy on the device gives: to copy one there would stop the host."""
     from afbs_compile.kernels import triton_selection
 
     return triton_selection.select(
-        problem.q, problem.k, policy(tau, problem.heads, problem.q.device), mask=problem.mask,
-        scale=problem.scale, selector=selector, block_m=BLOCK_M, block_n=BLOCK_N,
+        problem.q, problem.k, rows, mask=problem.mask, scale=problem.scale, selector=selector,
+        block_m=BLOCK_M, block_n=BLOCK_N,
     )  # fmt: skip
 
 

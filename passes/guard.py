@@ -9,7 +9,7 @@ import torch
 from torch import SymInt
 from torch.fx import Graph, Node
 
-from afbs_compile.kernels.dispatch import unsupported
+from afbs_compile.kernels.dispatch import no_backward, unsupported
 from afbs_compile.passes.sites import Call, recorded, value
 
 ENTER = {"_vmap_increment_nesting": "vmap", "_enter_autocast": "autocast"}
@@ -78,9 +78,11 @@ def dtype_refusal(tensors: Iterable[torch.Tensor]) -> str | None:
 
 
 def gradient_refusal(tensors: Iterable[torch.Tensor]) -> str | None:
-    """Until a backward exists."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return "needs gradients (run under torch.no_grad or torch.inference_mode)"
+    """Gradients on a device without a backward; the tensors lie on one device."""
+    tensors = list(tensors)
+    reason = no_backward(tensors[0].device.type)
+    if reason and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return f"needs gradients: {reason} (run under torch.no_grad or torch.inference_mode)"
     return None
 
 

@@ -82,8 +82,7 @@ def test_selection(bench, small):
 def oracle(monkeypatch):
     """Selection and the op in plain torch, which an interpreter is too slow for."""
 
-    def select(problem, tau, selector="sub8"):
-        policy = problems.policy(tau, problem.heads, "cpu")
+    def selected(problem, policy, selector):
         site = {"mask": problem.mask, "scale": problem.scale, "selector": selector}
         return selection.select(problem.q, problem.k, policy, **site, **cases.BLOCKS)
 
@@ -92,7 +91,7 @@ def oracle(monkeypatch):
         lists = selection.select(q, k, policy, selector=selector, **site)
         return reference.forward(q, k, v, *lists, policy, **site)[0]
 
-    monkeypatch.setattr(problems, "select", select)
+    monkeypatch.setattr(problems, "selected", selected)
     monkeypatch.setattr(dispatch, "attention", attention)
 
 

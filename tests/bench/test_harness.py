@@ -115,10 +115,11 @@ def git(answer):
 @pytest.mark.parametrize(
     ("answer", "variable", "found"),
     [
-        ("bench/\nabc1234\n", "fff", "abc1234"),
+        ("bench/\nabc1234\n", "fff", "fff"),
+        ("bench/\nabc1234\n", "", "abc1234"),
         (None, "fff", "fff"),
         (None, "", None),
-        ("venv/lib/afbs_compile/bench/\nabc1234\n", "fff", "fff"),  # somebody else's repository
+        ("venv/lib/afbs_compile/bench/\nabc1234\n", "", None),  # somebody else's repository
     ],
 )
 def test_commit(monkeypatch, answer, variable, found):
