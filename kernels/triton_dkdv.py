@@ -114,12 +114,12 @@ def dkdv_kernel(
         count = tl.load(COUNTS_T + column)
         list_row = INDICES_T + column * blocks_q
 
-        # of the list, [start, end) is seen whole: no diagonal, no window, no end of an axis
+        # of the list, [start, end) sees the tile whole: no diagonal, no window, no missing query
+        # (a missing key has a row of its own in every product, which is not stored)
         start = count * 0
         if CAUSAL:
             start = partial_blocks(list_row, count, -offset, last, BLOCK_M)
-        cut = windowed | (window < NO_WINDOW) | (last >= length_k)
-        start = tl.where(cut, count, start)
+        start = tl.where(windowed | (window < NO_WINDOW), count, start)
         tail = tl.load(list_row + count - 1, mask=count > 0, other=0) * BLOCK_M + BLOCK_M
         end = tl.maximum(start, tl.where(tail > length_q, count - 1, count))
         for t in tl.range(0, (start + count - end) * PARTS):
@@ -130,7 +130,6 @@ def dkdv_kernel(
             rel = n - offset - at
             near = tl.where(n < sink, window, tl.minimum(window, reach))
             highest = tl.minimum(rel + near, length_q - at) - 1
-            highest = tl.where(n < length_k, highest, -1)
             lowest = rel * 0
             if CAUSAL:
                 lowest = rel

@@ -160,21 +160,36 @@ def test_what_sees_nothing_or_is_seen_by_nobody_gets_zero(poisoned_empty):
 
 
 @pytest.mark.parametrize(
-    ("mask", "mode", "hidden"),
+    ("mask", "mode", "hidden", "length"),
     [
-        (Mask(True, offset=-24), col.DENSE, slice(40, 96)),
-        (Mask(True, offset=90, window=40), col.DENSE, slice(0, 51)),
-        (Mask(False, offset=90), col.WINDOWED, slice(7, 51)),
+        (Mask(True, offset=-24), col.DENSE, slice(40, 96), 64),
+        (Mask(True), col.DENSE, slice(50, 96), 50),  # a query past the end would see key 50
+        (Mask(True, offset=90, window=40), col.DENSE, slice(0, 51), 64),
+        (Mask(False, offset=90), col.WINDOWED, slice(7, 51), 64),
     ],
 )
-def test_nan_in_a_key_that_no_row_sees_has_no_effect(mask, mode, hidden):
-    do, q, k, v = (normal(s, 1, 1, n, 32) for s, n in enumerate((64, 64, 96, 96)))
+def test_nan_in_a_key_that_no_row_sees_has_no_effect(mask, mode, hidden, length):
+    do, q, k, v = (normal(s, 1, 1, n, 32) for s, n in enumerate((length, length, 96, 96)))
     k[:, :, hidden] = v[:, :, hidden] = torch.nan
     keep = torch.ones(1, 1, 1, 3, dtype=torch.bool, device=DEVICE)
     inputs = do, q, k, v, keep, policy_rows([mode], window=40, sink=7)
     site = {"mask": mask, "scale": 0.2, "block_m": 64, "block_n": 32}
     clean = do, q, k.nan_to_num(), v.nan_to_num(), *inputs[4:]
     check(backward(*inputs, **site), dense(*clean, **site), inputs, site["scale"])
+
+
+def test_nan_in_a_value_leaves_the_queries_before_it_alone():
+    """The forward's output is that of clean values: within a tile it would be NaN too."""
+    do, q, k, v = (normal(seed, 1, 1, 96, 32) for seed in range(4))
+    keep = torch.ones(1, 1, 3, 3, dtype=torch.bool, device=DEVICE)
+    policy, lists_kept = policy_rows([col.DENSE]), lists.from_keep(keep)
+    site = {"mask": Mask(True), "scale": 0.2, "block_m": 32, "block_n": 32}
+    want = dense(do, q, k, v, keep, policy, **site)[0][0, 0]
+    saved = *triton_forward.forward(q, k, v, *lists_kept, policy, **site), *lists_kept, policy
+    v[:, :, 40] = torch.nan
+    dq = triton_backward.backward(do, q, k, v, *saved, **site)[0][0, 0]
+    assert torch.equal(dq.isnan().any(-1), torch.arange(96, device=DEVICE) >= 40)
+    assert relative(dq[:40], want[:40]) <= 1e-5
 
 
 def test_strides_of_any_kind():
