@@ -4,7 +4,6 @@ Hopper's copy engine computes the addresses: a kernel keeps no pointers in regis
 strides and addresses in multiples of 16 bytes; what it cannot read is read through pointers.
 """
 
-import functools
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,16 +11,10 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from afbs_compile.kernels.launch import TmaView, again, first, prepared
+from afbs_compile.kernels.launch import TmaView, again, first, has_copy_engine, prepared
 from afbs_compile.kernels.triton_common import on_device
 
 ALIGNMENT = 16  # bytes, of addresses and strides
-
-
-@functools.cache
-def has_copy_engine(device: torch.device) -> bool:
-    """Whether a device has TMA: sm_90 and later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def readable(x: Tensor) -> bool:

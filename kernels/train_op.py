@@ -4,6 +4,7 @@ Autograd is registered with the ops, so AOTAutograd traces both into the graphs 
 blocks are kept is a constant: no gradient goes through the selection, the policy gets none.
 """
 
+import math
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from afbs_compile.kernels import dispatch
 from afbs_compile.kernels.geometry import Mask
+from afbs_compile.kernels.policy_columns import LAMBDA
 
 SITE = "Tensor policy, bool causal, SymInt offset, int window, float scale"
 TRAIN = (
@@ -43,7 +45,12 @@ def train(
     scale: float,
     selector: str,
 ) -> Saved:
-    """Forward; results as in `dispatch.select_and_attend`."""
+    """Forward; results as in `dispatch.select_and_attend`. No head skips by lambda.
+
+    The backward takes every listed block for visited.
+    """
+    policy = policy.clone()
+    policy[:, LAMBDA] = -math.inf
     o, lse, counts, indices = dispatch.select_and_attend(
         q, k, v, policy, mask=Mask(causal, offset, window), scale=scale, selector=selector
     )

@@ -129,7 +129,7 @@ def test_refused_with_its_reason(function, shape, reason):
     assert reason in why
 
 
-def test_gradients_are_refused_until_there_is_a_backward():
+def test_gradients_are_refused_where_there_is_no_backward():
     planner = Planner()
     q, k, v = tensors()
     out = torch.compile(sdpa(), backend=planner)(q.requires_grad_(), k, v)
