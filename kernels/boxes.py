@@ -7,7 +7,6 @@ strides and addresses in multiples of 16 bytes; what it cannot read is read thro
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
