@@ -1,94 +1,181 @@
 """How does a GPU attend over block lists? The portable Triton forward, sm_80 and later.
 
-It serves the GPUs, head dims, dtypes and versions of Triton that `kernels.gluon_forward` does not.
-Hopper's copy engine reads keys and values where it can. The kernel is
-`kernels.triton_forward_kernel`, the oracle `kernels.reference`.
+One program serves a tile of queries of one head: it walks the listed key blocks with an online
+softmax in base 2 (Milakov & Gimelshein, arXiv 1805.02867; FlashAttention-2, arXiv 2307.08691).
+The token mask is applied only in blocks that need it. The oracle is `kernels.reference`.
 """
 
-from typing import NamedTuple
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from afbs_compile.kernels.boxes import Box, launch, readable
 from afbs_compile.kernels.geometry import Mask
-from afbs_compile.kernels.launch import aligned
 from afbs_compile.kernels.triton_common import (
+    COLUMNS,
+    LENGTHS,
+    LN2,
     LOG2E,
+    LOWEST,
+    MODE,
+    SINK,
+    UNLIMITED,
+    WINDOW,
+    WINDOWED,
     interpreted,
+    on_device,
     rows_contiguous,
     shared_memory_bytes,
     site_window,
 )
-from afbs_compile.kernels.triton_forward_kernel import forward_kernel
-from afbs_compile.kernels.triton_steps import load_rows, whole_blocks
 
-__all__ = ["Tiling", "forward", "forward_kernel", "load_rows", "tiling", "whole_blocks"]
+NO_WINDOW = tl.constexpr(UNLIMITED)
 
 
-BARRIERS = 1024  # bytes of shared memory for what copies are waited for with
+@triton.jit
+def softmax_step(s, v, total, top, acc, scale_log2):
+    """Fold one tile of raw scores `s` and values `v` into the running sum, maximum, output."""
+    top_new = tl.maximum(top, tl.max(s, 1) * scale_log2)
+    p = tl.exp2(s * scale_log2 - top_new[:, None])
+    shrink = tl.exp2(top - top_new)
+    total = total * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return total, top_new, acc
 
 
-class Tiling(NamedTuple):
-    """Which variant of the kernel runs.
+@triton.jit
+def whole_blocks(list_row, count, last_seen, BLOCK_N: tl.constexpr):
+    """How many of the listed blocks end at or before `last_seen`; the list is ascending."""
+    block = tl.load(list_row + count - 1)
+    while (count > 0) & (block * BLOCK_N + BLOCK_N - 1 > last_seen):
+        count -= 1
+        block = tl.load(list_row + count - 1, mask=count > 0, other=0)
+    return count
 
-    Attributes:
-        tile_m: Queries of a program; divides the query block.
-        tile_n: Keys of a tile; divides the key block.
-        pair: Whether a step takes two tiles.
-        ahead: Whether P·V runs while the weights of the next step are made.
-        warps: Warps of a program.
-        stages: Steps whose keys and values are in shared memory.
-    """
 
-    tile_m: int
-    tile_n: int
-    pair: bool
-    ahead: bool
-    warps: int
-    stages: int
+@triton.jit
+def load_rows(rows, d, D: tl.constexpr, D_PADDED: tl.constexpr):
+    """Rows of k or v that are all in bounds, padded with zeros to `D_PADDED` columns."""
+    if D == D_PADDED:
+        return tl.load(rows + d[None, :])
+    else:  # noqa: RET505  a compile-time branch
+        return tl.load(rows + d[None, :], mask=(d < D)[None, :], other=0.0)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def forward_kernel(
+    Q, K, V, O, LSE, COUNTS, INDICES, POLICY, scale_log2,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl,
+    stride_vb, stride_vh, stride_vl, stride_ob, stride_oh, stride_ol,
+    heads, group, length_q, length_k, blocks_q, blocks_k, offset, window,
+    D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Output and lse of `TILE_M` queries of one head; all of them lie in one query block."""
+    tiles = tl.cdiv(length_q, TILE_M)
+    pid = tl.program_id(0)
+    b = (pid // tiles // heads).to(tl.int64)
+    h = (pid // tiles % heads).to(tl.int64)
+    first = (tiles - 1 - pid % tiles) * TILE_M  # the longest rows of a causal head start first
+    last = tl.minimum(first + TILE_M, length_q) - 1
+    row = (b * heads + h) * blocks_q + first // BLOCK_M
+
+    # the keys that each row may see: low <= n <= high, and (near <= n or n < sink)
+    windowed = tl.load(POLICY + h * COLUMNS + MODE) == WINDOWED
+    own_window = tl.load(POLICY + h * COLUMNS + WINDOW).to(tl.int32)
+    reach = tl.where(windowed, own_window, NO_WINDOW)
+    sink = tl.load(POLICY + h * COLUMNS + SINK).to(tl.int32)
+    i = first + tl.arange(0, TILE_M)
+    low = i + offset - window + 1
+    near = i + offset - reach + 1
+    high = i * 0 + length_k - 1
+    first_high = length_k - 1
+    last_high = length_k - 1
+    if CAUSAL:
+        high = tl.minimum(high, i + offset)
+        first_high = tl.minimum(first_high, first + offset)
+        last_high = tl.minimum(last_high, last + offset)
+
+    d = tl.arange(0, D_PADDED)
+    q_rows = Q + b * stride_qb + h * stride_qh + i.to(tl.int64)[:, None] * stride_ql
+    q_mask = (i < length_q)[:, None] & (d < D)[None, :]
+    q = tl.load(q_rows + d[None, :], mask=q_mask, other=0.0)
+    k_head = K + b * stride_kb + h // group * stride_kh
+    v_head = V + b * stride_vb + h // group * stride_vh
+    total = tl.zeros([TILE_M], tl.float32)
+    top = tl.full([TILE_M], LOWEST, tl.float32)
+    acc = tl.zeros([TILE_M, D_PADDED], tl.float32)
+
+    # blocks that every row sees whole come first in the list, unless a window cuts their left
+    PARTS: tl.constexpr = BLOCK_N // TILE_N
+    count = tl.load(COUNTS + row)
+    list_row = INDICES + row * blocks_k
+    whole = tl.where(windowed | (window < NO_WINDOW), 0, count)
+    if whole > 0:
+        whole = whole_blocks(list_row, whole, first_high, BLOCK_N)
+    for t in range(0, whole * PARTS):
+        start = tl.load(list_row + t // PARTS) * BLOCK_N + t % PARTS * TILE_N
+        n_rows = (start + tl.arange(0, TILE_N)).to(tl.int64)[:, None]
+        k = load_rows(k_head + n_rows * stride_kl, d, D, D_PADDED)
+        v = load_rows(v_head + n_rows * stride_vl, d, D, D_PADDED)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        total, top, acc = softmax_step(s, v, total, top, acc, scale_log2)
+    for t in range(whole * PARTS, count * PARTS):
+        start = tl.load(list_row + t // PARTS) * BLOCK_N + t % PARTS * TILE_N
+        n = start + tl.arange(0, TILE_N)
+        # a key that no row of the tile sees is never read: its NaN could leak through 0 * NaN
+        inside = (n >= first + offset - reach + 1) | (n < sink)
+        wanted = (n >= first + offset - window + 1) & (n <= last_high) & inside
+        kv_mask = wanted[:, None] & (d < D)[None, :]
+        n_rows = n.to(tl.int64)[:, None]
+        k = tl.load(k_head + n_rows * stride_kl + d[None, :], mask=kv_mask, other=0.0)
+        v = tl.load(v_head + n_rows * stride_vl + d[None, :], mask=kv_mask, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        seen = (n[None, :] >= near[:, None]) | (n < sink)[None, :]
+        seen &= (n[None, :] >= low[:, None]) & (n[None, :] <= high[:, None])
+        s = tl.where(seen, s, -float("inf"))
+        total, top, acc = softmax_step(s, v, total, top, acc, scale_log2)
+
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    acc = acc / total[:, None]
+    lse = tl.where(empty, -float("inf"), (top + tl.log2(total)) * LN2)
+    tl.store(LSE + (b * heads + h) * length_q + i, lse, mask=i < length_q)
+    o_rows = O + b * stride_ob + h * stride_oh + i.to(tl.int64)[:, None] * stride_ol
+    tl.store(o_rows + d[None, :], acc.to(O.dtype.element_ty), mask=q_mask)
 
 
 def tiling(
-    head_dim: int,
-    itemsize: int,
-    block_m: int,
-    block_n: int,
-    shared_bytes: int,
-    *,
-    causal: bool = False,
-    boxed: bool = False,
-) -> Tiling:
-    """The variant for a call: the largest tiles that fit.
+    head_dim: int, itemsize: int, block_m: int, block_n: int, shared_bytes: int
+) -> tuple[int, int, int, int]:
+    """Queries and keys per tile, warps, pipeline stages.
 
     fp32 runs on the FMA units, whose operands stay in registers: it takes smaller tiles.
 
     Args:
         head_dim: Head dimension, padded to a power of two.
         itemsize: Bytes of one element of q, k and v.
-        block_m: Query block, tokens.
-        block_n: Key block, tokens.
+        block_m: Query block, tokens; the tile divides it.
+        block_n: Key block, tokens; the tile divides it.
         shared_bytes: Shared memory that one program may use.
-        causal: Whether the site's mask is causal.
-        boxed: Whether the copy engine reads k and v.
 
     Returns:
-        Tiles with which q takes a third of the shared memory at most, and two stages of k and v
-        fit into the rest.
+        `(tile_m, tile_n, num_warps, num_stages)`: the largest tiles with which q takes a third of
+        the shared memory at most, and two stages of k and v fit into the rest.
     """
     exact = itemsize == 4
     row_bytes = head_dim * itemsize
     tile_m = min(block_m, 64 if exact else 128)
     while tile_m > 16 and 3 * tile_m * row_bytes > shared_bytes:
         tile_m //= 2
-    room = shared_bytes - BARRIERS - tile_m * row_bytes
-    tile_n = min(block_n, 4096 // head_dim if exact else 64)
+    room = shared_bytes - tile_m * row_bytes
+    tile_n = min(block_n, 4096 // head_dim if exact else 128)
     while tile_n > 16 and 4 * tile_n * row_bytes > room:
         tile_n //= 2
     stages = min(3, room // (2 * tile_n * row_bytes))
-    many = exact or tile_m >= 128 or tile_m * head_dim >= 16384  # registers for the output
-    return Tiling(tile_m, tile_n, False, boxed, 8 if many else 4, stages)
+    return tile_m, tile_n, 8 if exact or tile_m >= 128 else 4, stages
 
 
 def forward(
@@ -131,39 +218,22 @@ def forward(
         q, k, v = q.float(), k.float(), v.float()
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     counts, indices, policy = counts.contiguous(), indices.contiguous(), policy.contiguous()
-    k, v = seen_rows(mask, q, k), seen_rows(mask, q, v)
     batch, heads, length_q, head_dim = q.shape
-    itemsize = q.element_size()
     padded = max(16, triton.next_power_of_2(head_dim))
-    # fp32 products leave the copy engine nothing to hide
-    boxed = itemsize == 2 and k.numel() > 0 and readable(k) and readable(v)
-    chosen = tiling(
-        padded, itemsize, block_m, block_n, shared_memory_bytes(q.device),
-        causal=mask.causal, boxed=boxed,
-    )  # fmt: skip
+    tile_m, tile_n, warps, stages = tiling(
+        padded, q.element_size(), block_m, block_n, shared_memory_bytes(q.device)
+    )
     o = torch.empty(batch, length_q, heads, head_dim, dtype=q.dtype, device=q.device)
     o = o.transpose(1, 2)
     lse = torch.empty(batch, heads, length_q, dtype=torch.float32, device=q.device)
-    key = (
-        chosen, boxed, mask.causal, block_m, block_n, aligned(counts), aligned(indices),
-        aligned(policy), *((x.dtype, x.shape, x.stride(), aligned(x)) for x in (q, k, v)),
-    )  # fmt: skip
-    launch(
-        forward_kernel, key, q, batch * heads * triton.cdiv(length_q, chosen.tile_m),
-        (q, k, v, o, *(Box(x, chosen.tile_n) if boxed else None for x in (k, v)), lse, counts,
-         indices, policy, scale * LOG2E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-         *o.stride()[:3], heads, heads // k.shape[1], length_q, k.shape[2], *indices.shape[-2:],
-         mask.offset, site_window(mask)),
-        D=head_dim, D_PADDED=padded, BLOCK_M=block_m, BLOCK_N=block_n, TILE_M=chosen.tile_m,
-        TILE_N=chosen.tile_n, PAIR=chosen.pair, AHEAD=chosen.ahead, BOXES=boxed,
-        CAUSAL=mask.causal, num_warps=chosen.warps, num_stages=chosen.stages,
-        enable_fp_fusion=True,
-    )  # fmt: skip
+    with on_device(q):
+        forward_kernel[(batch * heads * triton.cdiv(length_q, tile_m),)](
+            q, k, v, o, lse, counts, indices, policy, scale * LOG2E,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
+            heads, heads // k.shape[1], length_q, k.shape[2], *indices.shape[-2:],
+            mask.offset, site_window(mask),
+            D=head_dim, D_PADDED=padded, BLOCK_M=block_m, BLOCK_N=block_n, TILE_M=tile_m,
+            TILE_N=tile_n, CAUSAL=mask.causal,
+            num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+        )  # fmt: skip
     return o.to(dtype), lse
-
-
-def seen_rows(mask: Mask, q: Tensor, x: Tensor) -> Tensor:
-    """`k` or `v` up to the last key that any query sees; at least one key, if there is one."""
-    if not mask.causal:
-        return x
-    return x[:, :, : max(1, q.shape[2] + mask.offset)]

@@ -54,13 +54,7 @@ def compile_for(arch, case):
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from afbs_compile.kernels import (
-        boxes,
-        triton_forward,
-        triton_pool,
-        triton_scores,
-        triton_selection,
-    )
+    from afbs_compile.kernels import triton_forward, triton_pool, triton_scores, triton_selection
     from afbs_compile.kernels.geometry import Mask
 
     class AbsentDriver:
@@ -95,7 +89,6 @@ def compile_for(arch, case):
     Compiled(triton_forward, "forward_kernel")
     for module in (triton_scores, triton_forward):
         module.shared_memory_bytes = lambda device: SHARED_BYTES[arch]
-    boxes.has_copy_engine = lambda device: arch >= 90
     head_dim, dtype, block_m, block_n, causal, selector = CASES[case]
     q = torch.zeros(1, 2, 256, head_dim, dtype=getattr(torch, dtype))
     k, policy = q[:, :1], torch.zeros(2, 8)

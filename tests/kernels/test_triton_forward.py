@@ -1,7 +1,5 @@
 """Does the Triton forward agree with the oracle? On a GPU, or in the interpreter without one."""
 
-import contextlib
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +7,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from afbs_compile.kernels import boxes, lists, reference, triton_common, triton_forward
+from afbs_compile.kernels import lists, reference, triton_common, triton_forward
 from afbs_compile.kernels import policy_columns as col
 from afbs_compile.kernels.geometry import Mask
 
@@ -208,108 +206,16 @@ def test_output_is_laid_out_as_models_read_it():
     assert lse.is_contiguous()
 
 
-@contextlib.contextmanager
-def variant(pair, ahead, boxed):
-    """Runs the kernel in a variant, through the copy engine if `boxed` and the device has one."""
-    usual = triton_forward.tiling
-
-    def chosen(*args, **options):
-        return usual(*args, **options)._replace(pair=pair, ahead=ahead, stages=2)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_forward, "tiling", chosen)
-        if not (GPU and boxed):  # a device that has no copy engine must not be told that it has
-            patch.setattr(boxes, "has_copy_engine", lambda device: boxed)
-        yield
-
-
-@settings(max_examples=25 if GPU else 14)
-@given(problem=problems(), pair=st.booleans(), ahead=st.booleans(), boxed=st.booleans())
-def test_every_variant_agrees_with_the_oracle(problem, pair, ahead, boxed, poisoned_empty):
-    q, k, v, keep, policy, site = problem
-    if boxed and q.dtype != torch.float16:
-        q, k, v = q.half(), k.half(), v.half()
-    with variant(pair, ahead, boxed):
-        check(*both(q, k, v, keep, policy, **site), q.dtype)
-
-
-VARIANTS = [(pair, ahead, boxed) for pair in (0, 1) for ahead in (0, 1) for boxed in (0, 1)]
-
-
-@pytest.mark.parametrize(("pair", "ahead", "boxed"), VARIANTS)
-def test_infinite_values_that_all_see(pair, ahead, boxed):
-    """A product that is only there to fill a pipeline must not turn them into NaN."""
-    q, k, v = (normal(seed, 1, 1, 200, 32, dtype=torch.float16) for seed in range(3))
-    v[:, :, 0] = torch.inf
-    keep = torch.ones(1, 1, 7, 7, dtype=torch.bool, device=DEVICE)
-    site = {"mask": Mask(), "scale": 0.2, "block_m": 32, "block_n": 32}
-    with variant(bool(pair), bool(ahead), bool(boxed)):
-        (o, _), _ = both(q, k, v, keep, policy_rows([col.DENSE]), **site)
-    assert torch.equal(o, torch.full_like(o, torch.inf))
-
-
-@pytest.mark.parametrize(("pair", "ahead", "boxed"), VARIANTS)
-def test_nan_in_a_value_stays_in_tiles_that_see_it(pair, ahead, boxed):
-    """The first tile lists the block of key 40 too, but none of its queries sees it."""
-    q, k, v = (normal(seed, 1, 1, 96, 32, dtype=torch.float16) for seed in range(3))
-    v[:, :, 40] = torch.nan
-    keep = torch.ones(1, 1, 3, 3, dtype=torch.bool, device=DEVICE)
-    site = {"mask": Mask(True), "scale": 0.2, "block_m": 32, "block_n": 32}
-    with variant(bool(pair), bool(ahead), bool(boxed)):
-        got, want = both(q, k, v, keep, policy_rows([col.DENSE]), **site)
-    assert relative(got[0][:, :, :32], want[0][:, :, :32]) <= TOLERANCE[torch.float16]
-    assert got[0][:, :, 40:].isnan().all()
-
-
-@pytest.mark.parametrize("boxed", [False, True])
-@pytest.mark.parametrize("mask", [Mask(True, -20), Mask(True, 600, 40), Mask(True, 1250, 700)])
-def test_long_lists_of_blocks_that_nobody_sees(mask, boxed):
-    """Many more than are looked at together, on either side of what is seen; their v is NaN."""
-    q = normal(0, 1, 2, 50, 32, dtype=torch.float16)
-    k, v = (normal(seed, 1, 2, 1300, 32, dtype=torch.float16) for seed in (1, 2))
-    first, last = mask.offset - (mask.window or 1 << 20) + 1, 49 + mask.offset
-    v[:, :, : max(first, 0)] = torch.nan
-    v[:, :, max(last, 0) + 1 :] = torch.nan
-    keep = torch.ones(1, 2, 2, 82, dtype=torch.bool, device=DEVICE)
-    keep[:, 1, :, ::3] = False
-    policy = policy_rows([col.DENSE, col.SPARSE])
-    with variant(pair=True, ahead=True, boxed=boxed):
-        got, want = both(q, k, v, keep, policy, mask=mask, scale=0.2, block_m=32, block_n=16)
-    # tiles of 32 queries: the second one sees less than the first on the left, more on the right
-    seen = want[0].isfinite()
-    assert torch.equal(got[0].isfinite(), seen)
-    assert relative(got[0][seen], want[0][seen]) <= TOLERANCE[torch.float16]
-
-
-def test_views_through_the_copy_engine():
-    """Heads side by side in memory, a slice of a longer cache, two query heads a kv head."""
-    q = normal(0, 2, 100, 4, 32, dtype=torch.float16).transpose(1, 2)
-    k, v = (
-        normal(seed, 2, 150, 2, 32, dtype=torch.float16)[:, :130].transpose(1, 2)
-        for seed in (1, 2)
-    )
-    keep = normal(3, 2, 4, 4, 5) < 1
-    site = {"mask": Mask(True, 30), "scale": 0.2, "block_m": 32, "block_n": 32}
-    for ahead in (False, True):
-        with variant(pair=False, ahead=ahead, boxed=True):
-            check(*both(q, k, v, keep, policy_rows([col.DENSE] * 4), **site), q.dtype)
-
-
 @pytest.mark.parametrize("shared_bytes", [65_536, 101_376, 166_912, 232_448])
 @pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("blocks", [(16, 16), (64, 64), (128, 64), (128, 128)])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("boxed", [False, True])
-def test_tiles_fit(shared_bytes, head_dim, itemsize, blocks, causal, boxed):
-    size = head_dim, itemsize, *blocks, shared_bytes
-    tiling = triton_forward.tiling(*size, causal=causal, boxed=boxed)
-    assert blocks[0] % tiling.tile_m == blocks[1] % tiling.tile_n == 0
-    assert min(tiling.tile_m, tiling.tile_n) >= 16
-    assert tiling.stages >= 1
-    keys = tiling.stages * tiling.tile_n * (2 if tiling.pair else 1)
-    used = (tiling.tile_m + 2 * keys) * head_dim * itemsize
-    assert used + triton_forward.BARRIERS <= shared_bytes
+def test_tiles_fit(shared_bytes, head_dim, itemsize, blocks):
+    tile_m, tile_n, _, stages = triton_forward.tiling(head_dim, itemsize, *blocks, shared_bytes)
+    assert blocks[0] % tile_m == blocks[1] % tile_n == 0
+    assert min(tile_m, tile_n) >= 16
+    assert stages >= 1
+    assert (tile_m + 2 * stages * tile_n) * head_dim * itemsize <= shared_bytes
 
 
 @pytest.mark.gpu
