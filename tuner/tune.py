@@ -17,11 +17,10 @@ from afbs_compile.tuner.objective import (
     Evaluator,
     Fidelity,
     QueryBlocks,
-    Trace,
-    Traced,
 )
 from afbs_compile.tuner.strategies import strategy_of
 from afbs_compile.tuner.strategy import Goal, SitePlan, Strategy
+from afbs_compile.tuner.trace import Trace, Traced
 
 OnProgress = Callable[[int, int, str, str], None]
 """Called after each step with (done, total, phase, site)."""

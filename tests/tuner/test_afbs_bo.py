@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from afbs_compile.tuner.afbs_bo import AfbsBo
 from afbs_compile.tuner.curves import GRID
-from afbs_compile.tuner.objective import FULL, U_MAX, QueryBlocks, Trace, Traced
+from afbs_compile.tuner.objective import FULL, U_MAX, QueryBlocks
 from afbs_compile.tuner.strategy import Goal
+from afbs_compile.tuner.trace import Trace, Traced
 
 LOW = QueryBlocks(0.125)
 GOAL = Goal(0.2, 0.08)

@@ -1,8 +1,9 @@
 import numpy as np
 
 from afbs_compile.tuner.bisect import Bisect
-from afbs_compile.tuner.objective import FULL, QueryBlocks, Trace, Traced
+from afbs_compile.tuner.objective import FULL, QueryBlocks
 from afbs_compile.tuner.strategy import Goal
+from afbs_compile.tuner.trace import Trace, Traced
 
 
 def made(goal):

@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afbs_compile.tuner.objective import FULL, U_MAX, Measured, QueryBlocks, Trace
+from afbs_compile.tuner.objective import FULL, U_MAX, Measured, QueryBlocks
 from afbs_compile.tuner.strategy import Goal
+from afbs_compile.tuner.trace import Trace
 from afbs_compile.tuner.tune import tune
 
 names = st.sampled_from(["afbs-bo", "bisect"])
