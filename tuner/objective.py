@@ -168,6 +168,15 @@ def lambdas_of(evaluator: Evaluator) -> tuple[float, ...]:
     return lambdas
 
 
+def measure(
+    evaluator: Evaluator, u: Floats, fidelity: Fidelity, level: Ints | None = None
+) -> Measured:
+    """Call an evaluator; one that knows no levels is not given any as long as all are 0."""
+    if level is None or not level.any():
+        return evaluator(u, fidelity)
+    return evaluator(u, fidelity, level)
+
+
 def profile_cost_of(evaluator: Evaluator) -> float | None:
     """Dense passes that the profile behind an evaluator cost; None: every call runs attention.
 

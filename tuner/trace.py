@@ -14,6 +14,7 @@ from afbs_compile.tuner.objective import (
     Measured,
     expect_heads,
     lambdas_of,
+    measure,
     parse_fidelity,
     profile_cost_of,
 )
@@ -113,19 +114,21 @@ class Traced:
     def look_ups(self) -> Evaluator:
         """The same for dense tables: look-ups are not written down, the profile's cost is.
 
-        An evaluator without a profile runs attention in every call, so all are written down.
+        That cost is paid once a site. An evaluator without a profile runs attention in every
+        call, so all are written down.
         """
         cost = self.profile_cost
         if cost is None:
             return self
+        if any(row.phase == "profile" and row.site == self.site for row in self.trace.rows):
+            return self.evaluator
         self.trace.rows.append(Evaluation(self.site, "profile", FULL, (), (), (), (), cost))
         return self.evaluator
 
     def __call__(self, u: Floats, fidelity: Fidelity, level: Ints | None = None) -> Measured:
         """Measure, and append to the trace; errors are noted with the site."""
-        given = () if level is None else (level,)  # evaluators without levels take none
         try:
-            measured = expect_heads(self.evaluator(u, fidelity, *given), self.heads)
+            measured = expect_heads(measure(self.evaluator, u, fidelity, level), self.heads)
         except ValueError as error:
             error.add_note(f"at site {self.site}, phase {self.phase}, {fidelity}")
             raise
@@ -143,3 +146,8 @@ class Traced:
             )
         )
         return measured
+
+
+def look_ups(evaluator: Evaluator) -> Evaluator:
+    """`Traced.look_ups` of an evaluator that may not be traced."""
+    return evaluator.look_ups() if isinstance(evaluator, Traced) else evaluator
