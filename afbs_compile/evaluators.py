@@ -61,6 +61,17 @@ class ProfileEvaluator:
         """Query heads."""
         return int(self.tables["error"].shape[2])
 
+    @property
+    def weights(self) -> Floats:
+        """What a unit of each head's error counts `[H]`, 1 in the mean square.
+
+        The root of the head's share of its layer's output: measured to follow the damage better
+        than equal weights.
+        """
+        norm = self.tables["norm"].sum((0, 2), dtype=np.float64)
+        total = norm.sum()
+        return np.sqrt(norm * len(norm) / total) if total > 0 else np.ones(len(norm))
+
     def __call__(self, u: Floats, fidelity: Fidelity, level: Ints | None = None) -> Measured:
         """Error and density at u `[H]` and lambda level `[H]` (None: off).
 
