@@ -162,9 +162,10 @@ class DirectEvaluator:
     site: str
     heads: int
     selector: str
+    lambdas: tuple[float, ...] = OFF  # how much lambda saves is not counted by the op
 
-    def __call__(self, u: Floats, fidelity: Fidelity) -> Measured:
-        """Error and density at u `[H]`."""
+    def __call__(self, u: Floats, fidelity: Fidelity, level: Ints | None = None) -> Measured:
+        """Error and density at u `[H]`; there is one level."""
         layer = self.layers.layer(self.site)
         policy = policy_at(np.asarray(tau_of_u(u)), layer.q.device)
         error = torch.zeros(layer.q.shape[:2], dtype=torch.float64, device=layer.q.device)
