@@ -11,7 +11,7 @@ validate: back-off on unseen inputs.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -31,6 +31,7 @@ DESIGN = (0.4, 1.2, 2.4)  # u of the first calls
 JITTER = 0.1  # of the design, by the seed
 MAX_CALLS = 8  # of a site's evaluator in explore
 LEAST_GAIN = 1e-3  # of density: below it no call is worth its cost
+REFINE_CALLS = 8  # of a site's evaluator: few heads are not done by then, and wait for nobody
 FLOOR = 0.02  # of max_error: smaller errors are nearly alike
 LEAST_ERROR = 1e-3  # of the floor: a curve is never 0, a target of 0 stands for dense
 FIRST_PRICE = 0.15  # divided by the budget; typical slopes of density and error (research)
@@ -63,9 +64,14 @@ class AfbsBo:
         return seen.curves()
 
     def allocate(self, curves: Mapping[str, Curves]) -> Plan:
-        """Targets of one price for all heads of all sites, each ≤ margin·max_error."""
+        """Targets of one price for all heads of all sites, each ≤ margin·max_error.
+
+        Where the cap alone can bind, it is everybody's target, whatever the curves say.
+        """
         given = self._allocation(list(curves.values()))
         start = np.where(given.dense, U_MAX, GRID[given.index])
+        if self.goal.budget == self.goal.cap:
+            given = replace(given, error=np.full(len(start), self.goal.cap))
         ends = np.cumsum([site.heads for site in curves.values()])[:-1]
         parts = zip(curves, np.split(given.error, ends), np.split(start, ends), strict=True)
         plans = {site: SitePlan(t, u, np.zeros(len(u), dtype=np.int64)) for site, t, u in parts}
@@ -78,7 +84,12 @@ class AfbsBo:
         """
         if self.prior is None or len(lambdas_of(evaluator)) == 1:
             return Found.of(
-                solve(lambda u: evaluator(u, self.high), plan.target, start=plan.start)
+                solve(
+                    lambda u: evaluator(u, self.high),
+                    plan.target,
+                    start=plan.start,
+                    max_calls=REFINE_CALLS,
+                )
             )
         self.prior.expect(lambdas_of(evaluator))
         search = Search.new(

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afbs_compile.tuner.curves import GRID
-from afbs_compile.tuner.improve import COARSE, STEPS, Search
+from afbs_compile.tuner.improve import COARSE, SECANT_CALLS, STEPS, Search
 from afbs_compile.tuner.landscape import Landscape, landscape_of
 from afbs_compile.tuner.objective import FULL, U_MAX
 from afbs_compile.tuner.prior import Family, Prior, left_out, points
@@ -122,7 +122,9 @@ def test_other_levels_are_refused(prior, leveled):
 def test_lambda_never_makes_it_worse_than_the_secant_it_began_with(prior, leveled, seed):
     site = leveled(seed, 5, hopeless=0.1)
     target, start = np.full(5, CAP), np.full(5, 1.0)
-    secant = solve(lambda u: site(u, FULL), target, start=start, tolerance=COARSE)
+    secant = solve(
+        lambda u: site(u, FULL), target, start=start, tolerance=COARSE, max_calls=SECANT_CALLS
+    )
     search = Search.new(lambda u, z: site(u, FULL, z), target, prior)
     found = search.run(start)
     assert len(search.u) <= secant.calls + STEPS
