@@ -158,7 +158,7 @@ class Small(nn.Module):
 def test_layers_of_a_model(monkeypatch):
     torch.manual_seed(0)
     model = LanguageModel("small", Small().eval(), None)
-    windows = list(torch.randint(50, (3, 256)).unbind())
+    windows = list(torch.randint(50, (3, 512)).unbind())
     seen = []
 
     def spied(layer, **how):
@@ -167,7 +167,7 @@ def test_layers_of_a_model(monkeypatch):
 
     monkeypatch.setattr("afbs_compile.bench.tuner_sites.profiled", spied)
     found = subject(model, windows, [1, 2], 2, lambda *_: None)
-    assert (found.model, found.tokens) == ("small", 256)
+    assert (found.model, found.tokens) == ("small", 512)
     assert list(found.calibration[2]) == list(found.unseen) != list(found.probes[2])
     assert {len(site.windows) for site in found.calibration[2].values()} == {2}
     assert {len(site.windows) for site in found.unseen.values()} == {1}
@@ -176,7 +176,7 @@ def test_layers_of_a_model(monkeypatch):
     assert (site.lambdas, site.heads) == (LAMBDAS, 2)
     assert site.profile_cost > 0.0
     assert np.all(site(np.full(2, 4.0), FULL).error < site(np.zeros(2), FULL).error)
-    first = model.module.layers[0].qkv(model.module.embed(windows[0])).view(256, 3, 2, 32)
+    first = model.module.layers[0].qkv(model.module.embed(windows[0])).view(512, 3, 2, 32)
     torch.testing.assert_close(seen[0].q[0].transpose(0, 1), first[:, 0], rtol=1e-5, atol=1e-5)
 
 
