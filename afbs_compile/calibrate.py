@@ -27,8 +27,10 @@ from afbs_compile.tuner.objective import (
     Fidelity,
     QueryBlocks,
     SequenceLength,
+    profile_cost_of,
     tau_of_u,
 )
+from afbs_compile.tuner.objective import measure as measure_at
 from afbs_compile.tuner.strategy import Goal
 from afbs_compile.tuner.trace import Trace
 from afbs_compile.tuner.tune import SiteResult, tune
@@ -127,9 +129,19 @@ class Worst:
         """Query heads."""
         return self.evaluators[0].heads
 
-    def __call__(self, u: Any, fidelity: Fidelity) -> Any:
+    @property
+    def lambdas(self) -> tuple[float, ...]:
+        """Levels of lambda."""
+        return self.evaluators[0].lambdas
+
+    @property
+    def profile_cost(self) -> float | None:
+        """Dense passes of the profiles, for one input."""
+        return profile_cost_of(self.evaluators[0])
+
+    def __call__(self, u: Any, fidelity: Fidelity, level: Any = None) -> Any:
         """Measure on every input."""
-        found = [evaluate(u, fidelity) for evaluate in self.evaluators]
+        found = [measure_at(evaluate, u, fidelity, level) for evaluate in self.evaluators]
         error = np.max([m.error for m in found], axis=0)
         return type(found[0])(error, np.mean([m.density for m in found], axis=0))
 

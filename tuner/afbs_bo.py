@@ -41,6 +41,7 @@ DESIGN = (0.4, 1.2, 2.4)  # u of the first calls
 JITTER = 0.1  # of the design, by the seed
 MAX_CALLS = 8  # of a site's evaluator in explore
 LEAST_GAIN = 1e-3  # of density: below it no call is worth its cost
+REFINE_CALLS = 12  # of a site: a head whose error runs in wide stairs must not keep the others
 FLOOR = 0.02  # of max_error: smaller errors are nearly alike
 LEAST_ERROR = 1e-3  # of the floor: a curve is never 0, a target of 0 stands for dense
 FIRST_PRICE = 0.15  # divided by the budget; typical slopes of density and error (research)
@@ -76,17 +77,22 @@ class AfbsBo:
     def allocate(
         self, curves: Mapping[str, Curves], price: float | None = None, alike: float = ALIKE
     ) -> Plan:
-        """Targets of one price for all heads of all sites, each ≤ margin·max_error."""
+        """Targets of one price for all heads of all sites, each ≤ margin·max_error.
+
+        Where the cap alone can bind, it is everybody's target, whatever the curves say.
+        """
         sites = list(curves.values())
-        if price is None and self.goal.mean_error is None:
-            given = self._allocation(sites)  # nothing but the cap counts
+        error, _ = stacked(sites)
+        if price is None and self.goal.budget == self.goal.cap:
+            given = self._allocation(sites)
             index, price = given.index, given.price
+            target = np.full(len(error), self.goal.cap)
         else:
             mix = Mix(*stacked(sites), weights(sites), self.goal.cap, alike)
             price = mix.least_price(self.goal.budget) if price is None else price
             index = mix.at(price)
-        error, _ = stacked(sites)
-        target = np.where(index < 0, 0.0, np.take_along_axis(error, index[:, None], 1)[:, 0])
+            found = np.take_along_axis(error, np.maximum(index, 0)[:, None], 1)[:, 0]
+            target = np.where(index < 0, 0.0, found)
         start = np.where(index < 0, U_MAX, GRID[index])
         ends = np.cumsum([site.heads for site in sites])[:-1]
         parts = zip(curves, np.split(target, ends), np.split(start, ends), strict=True)
@@ -100,7 +106,12 @@ class AfbsBo:
         """
         if self.prior is None or len(lambdas_of(evaluator)) == 1:
             return Found.of(
-                solve(lambda u: evaluator(u, self.high), plan.target, start=plan.start)
+                solve(
+                    lambda u: evaluator(u, self.high),
+                    plan.target,
+                    start=plan.start,
+                    max_calls=REFINE_CALLS,
+                )
             )
         self.prior.expect(lambdas_of(evaluator))
         search = Search.new(
