@@ -14,12 +14,12 @@ from torch.fx import GraphModule
 
 from afbs_compile import cache
 from afbs_compile.backend import standing_reason
-from afbs_compile.calibrate import Problem
 from afbs_compile.identity import model_key
 from afbs_compile.logs import warn
 from afbs_compile.options import Options, parse
 from afbs_compile.passes.plan import Plan, plan
 from afbs_compile.policy import Policy, bucket_of
+from afbs_compile.problem import Problem
 from afbs_compile.runner import Shapes, weight_names
 from afbs_compile.source import measure_now
 
