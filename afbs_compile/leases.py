@@ -31,7 +31,7 @@ class Leases:
     Whoever leaves a folder that is marked complete as the last one alive deletes it.
     """
 
-    def __init__(self, folder: Path, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, folder: Path, timeout_s: float) -> None:
         """Prepare to work in `folder`; nothing is written before the context is entered."""
         self.folder, self.timeout_s = folder, timeout_s
         self.owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"

@@ -210,6 +210,17 @@ def disabled() -> bool:
     return os.environ.get("AFBS_DISABLE", "").lower() not in ("", "0", "false", "no")
 
 
+def torchrun_rank() -> int | None:
+    """This process's number among those that torchrun started, or None."""
+    rank = os.environ.get("RANK")
+    return int(rank) if rank is not None and "WORLD_SIZE" in os.environ else None
+
+
+def torchrun_local_rank() -> int:
+    """Its number on this machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def log_level() -> int | None:
     """The level that `AFBS_LOG` asks for, or None.
 

@@ -46,12 +46,19 @@ def resolve(problem: Problem, key: str, given: Policy | None = None) -> Tuning:
         if given is not None:
             return from_given(given, problem, key)
         stored = cache.load(key, problem.options.cache_folder)
-        known = stored.find(bucket_of(problem.length), fingerprint(problem)) if stored else None
-        fitting = finished_sites(fitting_sites(known, problem.sites)) if known else {}
+        known, fitting = look_up(stored, problem)
         if known and len(fitting) == len(problem.sites):
             note("hit", key, problem, None, cache.path_of(key, problem.options.cache_folder))
             return known
-        return measure_now(problem, key, stored, known, fitting)
+        return measure_now(problem, key, stored)
+
+
+def look_up(
+    stored: Policy | None, problem: Problem
+) -> tuple[Tuning | None, dict[str, SitePolicy]]:
+    """The stored tuning for a problem, and the sites that it has tuned."""
+    known = stored.find(bucket_of(problem.length), fingerprint(problem)) if stored else None
+    return known, finished_sites(fitting_sites(known, problem.sites)) if known else {}
 
 
 def read_given(options: Options, key: str) -> Policy:
@@ -82,19 +89,19 @@ def from_given(policy: Policy, problem: Problem, key: str) -> Tuning:
 
 
 def measure_now(
-    problem: Problem,
-    key: str,
-    stored: Policy | None,
-    known: Tuning | None,
-    fitting: dict[str, SitePolicy],
+    problem: Problem, key: str, stored: Policy | None, *, afresh: bool = False
 ) -> Tuning:
-    """Calibrate the sites that nothing is known of, and keep what was found.
+    """Calibrate the sites that nothing is known of (`afresh`: all), and keep what was found.
 
     A tuning that ended early on the same inputs goes on where it stopped, all sites together, and
     finds what it would have found in one go. On other inputs only the missing sites are tuned.
+
+    Raises:
+        Unusable: The inputs cannot be measured.
     """
+    known, fitting = look_up(stored, problem)
     with store_of(problem, key) as store:
-        if known and not known.complete and begun(problem, store):
+        if afresh or (known and not known.complete and begun(problem, store)):
             missing = problem
         else:
             missing = replace(problem, sites=[s for s in problem.sites if s.name not in fitting])
@@ -102,7 +109,7 @@ def measure_now(
         found: dict[str, SitePolicy] = {}
         try:
             with Progress() as progress:
-                result = calibrate(missing, store, progress, found)
+                new = calibrate(missing, store, progress, found)
         except KeyboardInterrupt:
             if finished_sites(found):
                 keep(tuning(missing, found, Trace(), 0.0))
@@ -110,7 +117,7 @@ def measure_now(
         except (ValueError, torch.OutOfMemoryError) as error:
             warn(f"calibration failed: {error}. The model runs dense.")
             raise Unusable(f"calibration failed: {error}") from error
-        result, path = keep(result)
+        result, path = keep(new)
     note("miss", key, problem, result, path)
     return result
 
@@ -126,8 +133,8 @@ def kept(
     """Put a new tuning into the cache, with what is still good of an older one."""
     result = merged(new, known, fitting)
     path = cache.store(policy.with_tuning(result), problem.options.cache_folder)
-    if path and result.complete:
-        store.finish()
+    if path and new.complete:
+        store.finish(sweep=result.complete)
     return result, path
 
 

@@ -23,7 +23,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from afbs_compile import cache
+from afbs_compile import cache, leases
 from afbs_compile.identity import model_key
 from afbs_compile.leases import COMPLETE, Leases
 from afbs_compile.logs import warn
@@ -131,7 +131,7 @@ class Store:
         self.siblings = f"{key}-{digest(slot)}-*"
         name = f"{key}-{digest(slot)}-{digest([FORMAT, circumstances])}"
         self.folder = cache.work_folder(cache_dir) / name
-        self.leases = Leases(self.folder)
+        self.leases = Leases(self.folder, leases.TIMEOUT_S)
         self.left = ExitStack()
 
     def __enter__(self) -> Self:
@@ -160,7 +160,7 @@ class Store:
         parent = Path(tempfile.mkdtemp(prefix="afbs-"))
         self.left.callback(shutil.rmtree, parent, ignore_errors=True)
         self.folder = parent / self.folder.name
-        self.leases = self.left.enter_context(Leases(self.folder))
+        self.leases = self.left.enter_context(Leases(self.folder, leases.TIMEOUT_S))
 
     def has(self, about: About) -> bool:
         """Is there a file of this job?"""
@@ -218,16 +218,18 @@ class Store:
         finally:
             self.release(about)
 
-    def finish(self) -> None:
+    def finish(self, *, sweep: bool) -> None:
         """The policy is stored: when the last worker leaves, the measurements go.
 
-        So do those that other versions left of the same tuning.
+        Args:
+            sweep: Whether what other graphs and versions left of the tuning goes, too.
         """
         try:
             (self.folder / COMPLETE).touch()
         except OSError:
             return  # the folder is gone
-        self.leases.sweep(self.siblings)
+        if sweep:
+            self.leases.sweep(self.siblings)
 
     def path(self, about: About) -> Path:
         """The file of a job."""
