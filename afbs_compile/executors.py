@@ -103,7 +103,8 @@ def alone(work: Work, n: int, threads: int) -> None:
 def on_ray(work: Work, workers: int) -> Iterator[None]:
     """Tasks on a Ray cluster: the running one, or a local one that lives as long as they do.
 
-    Helpers on other machines need the same cache folder.
+    Helpers on other machines need the same cache folder. Every helper must be able to import the
+    model's classes: Dynamo cannot trace those of `__main__`, which Ray sends by value.
     """
     try:
         import ray
