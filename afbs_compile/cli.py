@@ -13,7 +13,7 @@ from pathlib import Path
 from afbs_compile import logs
 from afbs_compile.commands.errors import CommandError
 from afbs_compile.commands.tuner_options import add_tuner_options
-from afbs_compile.options import EVALUATORS, FIDELITIES, SELECTORS, STRATEGIES
+from afbs_compile.options import EVALUATORS, EXECUTORS, FIDELITIES, SELECTORS, STRATEGIES
 from afbs_compile.policy import PolicyError
 from afbs_compile.versions import version
 
@@ -83,6 +83,12 @@ def add_tuning(command: argparse.ArgumentParser) -> None:
     command.add_argument("--fidelity", choices=FIDELITIES)
     command.add_argument("--selector", choices=SELECTORS)
     command.add_argument("--min-length", type=int, help="shorter calls stay dense, in tokens")
+    command.add_argument(
+        "--tuning-budget-s",
+        type=float,
+        metavar="N",
+        help="stop measuring after N seconds; the same command goes on later",
+    )
     add_cache_dir(command)
     add_json(command)
 
@@ -112,6 +118,10 @@ def add_tune(command: argparse.ArgumentParser) -> None:
     command.add_argument("--tokens", type=int, required=True, help="tokens of the input")
     command.add_argument(
         "--out", type=Path, metavar="FILE", help="write the policy here as well as to the cache"
+    )
+    command.add_argument("--executor", choices=EXECUTORS, help="share the work with processes")
+    command.add_argument(
+        "--workers", type=int, metavar="N", help="processes of --executor (one a GPU)"
     )
     add_tuning(command)
 

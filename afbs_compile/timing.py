@@ -37,7 +37,7 @@ class Speed:
 def signature(layer: Layer) -> tuple[object, ...]:
     """What decides the speed of a layer at a given density."""
     q, k = layer.q, layer.k
-    return q.shape, k.shape, q.dtype, q.device, layer.mask
+    return tuple(q.shape), tuple(k.shape), q.dtype, q.device.type, layer.mask
 
 
 class One:

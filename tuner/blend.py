@@ -38,7 +38,7 @@ class Mix:
     @property
     def hopeless(self) -> Bools:
         """Heads that no grid point brings below the cap: they are dense [N]."""
-        return ~(self.error <= self.cap).any(1)
+        return np.asarray(~(self.error <= self.cap).any(1))
 
     def at(self, price: float) -> Ints:
         """Grid point of each head at a price of weighted error [N]; −1 where it is dense."""

@@ -165,6 +165,11 @@ def _all_dense(evaluators: Mapping[str, Evaluator]) -> dict[str, SiteResult]:
     return {site: _dense(evaluators[site].heads) for site in evaluators}
 
 
+def _keep(found: MutableMapping[str, SiteResult], sites: Mapping[str, SiteResult]) -> None:
+    for site, result in sites.items():
+        found[site] = result  # a caller's dict may watch its items; update() would pass it by
+
+
 @dataclass(slots=True)
 class _Progress:
     total: int
@@ -198,7 +203,7 @@ class _Run:
         limit: Limit[Mapping[str, SiteResult]] | None,
     ) -> Result:
         if self.goal.budget == 0.0:
-            found.update(_all_dense(evaluators))
+            _keep(found, _all_dense(evaluators))
             return Result(_all_dense(evaluators), None, self.trace)
         curves: dict[str, Curves] = {}
         for site in evaluators:
@@ -238,12 +243,12 @@ class _Run:
                 measured = limit.damage(made.sites)
                 if measured <= limit.most and made.mean_density < best.mean_density:
                     best = replace(made, damage=measured)
-                    found.update(made.sites)  # an interrupt keeps it
+                    _keep(found, made.sites)  # an interrupt keeps it
                 return measured
 
             least_price(candidate, Limit(limit.most, damage))
         self.progress.tell(len(MIXES), len(MIXES), "limit", "")
-        found.update(best.sites)
+        _keep(found, best.sites)
         return best
 
     def explore(self, site: str, evaluator: Evaluator, earlier: list[Curves]) -> Curves:

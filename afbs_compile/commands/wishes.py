@@ -14,6 +14,7 @@ NAMES = (
     "fidelity",
     "selector",
     "min_length",
+    "tuning_budget_s",
     "cache_dir",
 )
 
