@@ -65,7 +65,7 @@ def standing_reason(example_inputs: Sequence[Any], options: Options) -> str | No
     """A reason that keeps all sites of a graph dense."""
     if disabled():
         return "AFBS_DISABLE is set"
-    if options.max_error == 0:
+    if options.error_cap == 0:
         return "max_error is 0"
     if any(isinstance(x, FakeTensor) for x in example_inputs):
         return "no real inputs (export or ahead-of-time compilation)"

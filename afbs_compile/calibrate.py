@@ -4,14 +4,18 @@ Runs inside the backend's first call. With the `profile` evaluator one forward p
 layer and the search costs look-ups; with `direct` each phase of the search is a pass of its own.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from typing import Self
 
 import numpy as np
 import torch
 
 from afbs_compile.capture import mask_at
+from afbs_compile.damage import Damage, Judge, Limits
 from afbs_compile.measurements import LOW, Worst, measurements
 from afbs_compile.passes.rewrite import Site
 from afbs_compile.policy import Head, Tuning, bucket_of
@@ -22,6 +26,7 @@ from afbs_compile.progress import OnProgress
 from afbs_compile.remembered import OutOfTime
 from afbs_compile.store import Store
 from afbs_compile.timing import Speed, measure
+from afbs_compile.tuner.limit import Limit
 from afbs_compile.tuner.objective import tau_of_u
 from afbs_compile.tuner.strategy import Goal
 from afbs_compile.tuner.trace import Trace
@@ -43,16 +48,20 @@ def calibrate(
     """
     start, trace = time.perf_counter(), Trace()
     stopped: str | None = INTERRUPTED  # unless we get to the end
+    damage: Damage | None = None
     try:
         with torch.random.fork_rng(cuda_devices(problem.inputs)), torch.no_grad(), untraced():
-            stopped = search(problem, store, on_progress, trace, found)
+            stopped, damage = search(problem, store, on_progress, trace, found)
     finally:
         if stopped:
             for site in problem.sites:
                 found.setdefault(site.name, pending(site, stopped))
     if stopped == INTERRUPTED:
         raise KeyboardInterrupt
-    return tuning(problem, found, trace, time.perf_counter() - start)
+    made = tuning(problem, found, trace, time.perf_counter() - start)
+    if damage is None:
+        return made
+    return replace(made, kl=damage.kl, perplexity_increase=damage.perplexity_increase)
 
 
 def search(
@@ -61,28 +70,71 @@ def search(
     on_progress: OnProgress,
     trace: Trace,
     found: dict[str, SitePolicy],
-) -> str | None:
-    """Measure and search; why it ended early, or None."""
+) -> tuple[str | None, Damage | None]:
+    """Measure and search; why it ended early, or None, and what was measured end to end."""
     options = problem.options
     measured = measurements(problem, store, on_progress, measure)
     tables = measured.tables
     if not tables[0]:
-        return measured.stopped
+        return measured.stopped, None
     unseen = tables.pop() if len(tables) > 1 else None
+    bound = Bound.of(problem, measured.speeds) if options.limited else None
     try:
-        tune(
+        result = tune(
             {name: Worst([table[name] for table in tables]) for name in tables[0]},
-            Goal(options.max_error, options.mean_error_budget),
+            Goal(options.error_cap, options.mean_error_budget),
             options.strategy,
             low=LOW[options.fidelity],
             validation=unseen,
             on_progress=on_progress,
             trace=trace,
             found=Sink(problem, measured.speeds, found),
+            limit=Limit(1.0, bound.share) if bound else None,
         )
     except OutOfTime:
-        return BUDGET
-    return measured.stopped
+        return BUDGET, None
+    return measured.stopped, bound.at(result.damage) if bound else None
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """The user's limits on what all sites do together, as the search asks for them."""
+
+    judge: Judge
+    limits: Limits
+    sites: dict[str, Site]
+    speeds: Mapping[str, Speed]
+    seen: dict[float, Damage] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, problem: Problem, speeds: Mapping[str, Speed]) -> Self:
+        """Measured on the inputs that are held out, or on all if none is.
+
+        Raises:
+            Unmeasurable: The graph's inputs and outputs do not show what is limited.
+        """
+        options = problem.options
+        limits = Limits(options.max_kl, options.max_ppl_increase)
+        judge = Judge(
+            problem.gm, problem.inputs[-1:], problem.sites, selector=options.selector,
+            perplexity=limits.perplexity_increase is not None,
+        )  # fmt: skip
+        return cls(judge, limits, {site.name: site for site in problem.sites}, speeds)
+
+    def share(self, found: Mapping[str, SiteResult]) -> float:
+        """How much of the limits the policy of these results uses up."""
+        policies = {
+            name: site_policy(self.sites[name], result, self.speeds[name])
+            for name, result in found.items()
+        }
+        damage = self.judge(policies)
+        share = self.limits.share(damage)
+        self.seen[share] = damage
+        return share
+
+    def at(self, share: float | None) -> Damage | None:
+        """What was measured when `share` was; None if everything is dense."""
+        return None if share is None else self.seen[share]
 
 
 class Sink(dict[str, SiteResult]):
@@ -144,7 +196,9 @@ def head_policy(result: SiteResult, n: int) -> Head:
         return Head("dense", 1.0, error=0.0, density=1.0)
     tau = float(tau_of_u(float(result.u[n])))
     error, density = float(result.error[n]), float(result.density[n])
-    return Head("sparse", tau, error=error, density=density)
+    level = float(result.lambda_[n])
+    lambda_ = level if math.isfinite(level) else None
+    return Head("sparse", tau, lambda_=lambda_, error=error, density=density)
 
 
 def describe(site: Site) -> str:

@@ -78,6 +78,10 @@ def add_tuning(command: argparse.ArgumentParser) -> None:
     """The options of a search; `options.parse` checks their values."""
     command.add_argument("--max-error", type=float, help="largest relative L1 error of a head")
     command.add_argument("--mean-error", type=float, help="largest mean of those errors")
+    command.add_argument(
+        "--max-kl", type=float, help="largest KL of the predictions, nats a token"
+    )
+    command.add_argument("--max-ppl-increase", type=float, help="largest increase of perplexity")
     command.add_argument("--strategy", choices=STRATEGIES)
     command.add_argument("--evaluator", choices=EVALUATORS)
     command.add_argument("--fidelity", choices=FIDELITIES)

@@ -16,7 +16,9 @@ from typing import Any, get_origin
 
 import platformdirs
 
-MEAN_ERROR_SHARE = 0.275  # of max_error: the mean over heads that tuning may spend by default
+MAX_ERROR = 0.2  # of a head, by default
+LIMITED_ERROR = 0.5  # the same where an end-to-end limit is what protects
+MEAN_ERROR_SHARE = 0.3  # of max_error: the mean over heads that tuning may spend by default
 
 STRATEGIES = ("afbs-bo", "afbs-bo-paper", "one-pass", "bisect", "grid", "sparge", "random")
 EVALUATORS = ("profile", "direct")
@@ -32,8 +34,12 @@ class Options:
 
     Attributes:
         max_error: Largest relative L1 error of one head's output, in [0, 1]; 0 keeps all dense.
+            None takes `MAX_ERROR`, or `LIMITED_ERROR` with a limit.
         mean_error: Largest mean of those errors over the heads, in [0, 1]; None takes
             `MEAN_ERROR_SHARE` of `max_error`.
+        max_kl: A limit: largest KL(dense ‖ sparse) of the model's predictions, nats a token,
+            measured end to end. It takes the place of `mean_error`.
+        max_ppl_increase: A limit: largest relative increase of perplexity, likewise.
         policy: A policy file to use as it is, instead of tuning.
         cache_dir: Where policies are kept; None asks the environment, then the platform.
         strategy: How to search, one of `STRATEGIES`.
@@ -46,8 +52,10 @@ class Options:
         inductor: Configuration patches for Inductor.
     """
 
-    max_error: float = 0.2
+    max_error: float | None = None
     mean_error: float | None = None
+    max_kl: float | None = None
+    max_ppl_increase: float | None = None
     policy: Path | None = None
     cache_dir: Path | None = None
     strategy: str = "afbs-bo"
@@ -58,10 +66,32 @@ class Options:
     tuning_budget_s: float | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Refuse limits together with what they replace or need."""
+        if self.limited and self.mean_error is not None:
+            raise ValueError("mean_error and an end-to-end limit exclude each other; give one")
+        if self.limited and self.strategy != "afbs-bo":
+            raise ValueError(
+                f"strategy {self.strategy!r} knows no end-to-end limit; give 'afbs-bo', or "
+                "max_error without max_kl and max_ppl_increase"
+            )
+
+    @property
+    def limited(self) -> bool:
+        """Whether what all heads do together is limited, end to end."""
+        return self.max_kl is not None or self.max_ppl_increase is not None
+
+    @property
+    def error_cap(self) -> float:
+        """The largest error of a head, with the default filled in."""
+        if self.max_error is not None:
+            return self.max_error
+        return LIMITED_ERROR if self.limited else MAX_ERROR
+
     @property
     def mean_error_budget(self) -> float:
         """The mean error that tuning may spend, with the default filled in."""
-        return MEAN_ERROR_SHARE * self.max_error if self.mean_error is None else self.mean_error
+        return MEAN_ERROR_SHARE * self.error_cap if self.mean_error is None else self.mean_error
 
     @property
     def cache_folder(self) -> Path:
@@ -70,8 +100,11 @@ class Options:
 
     def tuning_fingerprint(self) -> dict[str, float | str]:
         """The options that change what is tuned; two tunings are comparable if these agree."""
+        limits = {"max_kl": self.max_kl, "max_ppl_increase": self.max_ppl_increase}
+        given = {name: most for name, most in limits.items() if most is not None}
         return {
-            "max_error": self.max_error,
+            **given,
+            "max_error": self.error_cap,
             "mean_error": self.mean_error_budget,
             "strategy": self.strategy,
             "evaluator": self.evaluator,
@@ -153,6 +186,16 @@ def seconds_or_none(name: str, value: Any) -> float | None:
     return float(value)
 
 
+def limit_or_none(name: str, value: Any) -> float | None:
+    """A real number above 0, or None."""
+    if value is None:
+        return None
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not 0 < value < math.inf:
+        raise ValueError(f"option {name!r} is {value!r}; give a number above 0, or None")
+    return float(value)
+
+
 def positive(name: str, value: Any) -> int:
     """An integer of at least 1."""
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
@@ -188,6 +231,8 @@ def one_of(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
 CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "max_error": fraction,
     "mean_error": fraction_or_none,
+    "max_kl": limit_or_none,
+    "max_ppl_increase": limit_or_none,
     "policy": path_or_none,
     "cache_dir": path_or_none,
     "strategy": one_of(STRATEGIES),

@@ -15,7 +15,7 @@ from typing import Any
 from afbs_compile import strict_json
 from afbs_compile.checks import check, check_measured, mean_known
 
-SCHEMA = 1
+SCHEMA = 2
 MODES = ("dense", "sparse", "window")
 DECISIONS = ("sparse", "dense")
 KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -116,6 +116,9 @@ class Tuning:
         versions: Of Python and the packages.
         inputs: A description of every calibration input.
         sites: By site name.
+        kl: KL(dense ‖ sparse) of the model's predictions, nats a token, worst over the inputs it
+            was measured on; None if it was not.
+        perplexity_increase: The same for the relative increase of perplexity; may be negative.
     """
 
     bucket: int
@@ -130,6 +133,8 @@ class Tuning:
     versions: dict[str, str]
     inputs: tuple[str, ...]
     sites: dict[str, Site]
+    kl: float | None = None
+    perplexity_increase: float | None = None
 
     def __post_init__(self) -> None:
         """Check the bucket against the length, the counts, and that names agree."""
@@ -139,6 +144,7 @@ class Tuning:
         check(self.evaluations >= 0, "evaluations", self.evaluations, "at least 0")
         check_measured("cost_dense_passes", self.cost_dense_passes)
         check_measured("seconds", self.seconds)
+        check_measured("kl", self.kl)
         for name, site in self.sites.items():
             check(site.name == name, f"sites.{name}.name", site.name, f"{name!r}, as its key")
 
@@ -239,12 +245,21 @@ def slot(tuning: Tuning) -> tuple[int, str]:
 
 
 def unwrapped(document: Any) -> Any:
-    """The policy part of a document of our schema, else ValueError."""
+    """The policy part of a document of our schema or an older one, else ValueError."""
     if not isinstance(document, dict) or document.keys() != {"schema", "policy"}:
         raise strict_json.mismatch("", document, "an object with `schema` and `policy`")
     schema = document["schema"]
-    if type(schema) is not int or schema < SCHEMA:
-        raise strict_json.mismatch("schema", schema, f"{SCHEMA}")
+    if type(schema) is not int or not schema >= 1:
+        raise strict_json.mismatch("schema", schema, f"1 to {SCHEMA}")
     if schema > SCHEMA:
         raise ValueError(f"schema is {schema}, this version reads {SCHEMA}: update afbs-compile")
-    return document["policy"]
+    return from_schema_1(document["policy"]) if schema == 1 else document["policy"]
+
+
+def from_schema_1(policy: Any) -> Any:
+    """A policy of schema 1, which knew no end-to-end damage."""
+    unknown = {"kl": None, "perplexity_increase": None}
+    if not isinstance(policy, dict) or not isinstance(policy.get("tunings"), list):
+        return policy  # what is wrong with it is told when it is decoded
+    tunings = [t | unknown if isinstance(t, dict) else t for t in policy["tunings"]]
+    return policy | {"tunings": tunings}

@@ -43,6 +43,8 @@ def tuning_summary(tuning: Tuning) -> dict[str, Any]:
         "density": tuning.density,
         "max_error": tuning.max_error,
         "mean_error": tuning.mean_error,
+        "kl": tuning.kl,
+        "perplexity_increase": tuning.perplexity_increase,
         "attention_speedup": attention_speedup(tuning),
         "sites": [site_summary(site) for site in in_order(tuning)],
     }

@@ -73,6 +73,8 @@ def print_tuning(policy: Policy, tuning: dict[str, Any]) -> None:
         f"up to {tuning['bucket']} tokens, {tuning['created']}, {tuning['device']}: "
         f"mean density {number(tuning['density'])}, largest error "
         f"{number(tuning['max_error'], 3)}, {tuning['evaluations']} evaluations in "
-        f"{number(tuning['seconds'], 1)} s" + ("" if tuning["complete"] else ", not complete")
+        f"{number(tuning['seconds'], 1)} s"
+        + (f", KL {number(tuning['kl'], 4)}" if tuning["kl"] is not None else "")
+        + ("" if tuning["complete"] else ", not complete")
     )
     console().print(table)

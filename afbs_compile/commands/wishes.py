@@ -9,6 +9,8 @@ from afbs_compile.options import parse
 NAMES = (
     "max_error",
     "mean_error",
+    "max_kl",
+    "max_ppl_increase",
     "strategy",
     "evaluator",
     "fidelity",

@@ -1,5 +1,6 @@
 """Options: what is taken, what is forwarded, and what a refusal says."""
 
+import math
 import re
 from pathlib import Path
 
@@ -136,3 +137,22 @@ def test_only_options_reads_the_environment():
     files = [path for folder in folders for path in (root / folder).rglob("*.py")]
     readers = {p.name for p in files if re.search(r"os\.environ|getenv", p.read_text())}
     assert readers == {"options.py"}
+
+
+def test_limits_take_the_place_of_the_mean_error():
+    limited = parse({"max_kl": 0.02})
+    assert limited.limited
+    assert limited.error_cap > parse({}).error_cap
+    assert limited.tuning_fingerprint()["max_kl"] == 0.02
+    assert "max_kl" not in parse({}).tuning_fingerprint()
+    with pytest.raises(ValueError, match="exclude each other"):
+        parse({"max_kl": 0.02, "mean_error": 0.05})
+    with pytest.raises(ValueError, match="afbs-bo"):
+        parse({"max_ppl_increase": 0.01, "strategy": "bisect"})
+
+
+@pytest.mark.parametrize("name", ["max_kl", "max_ppl_increase"])
+@pytest.mark.parametrize("value", [0, -0.1, math.inf, math.nan, True, "0.1"])
+def test_limits_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"'{name}' is .*above 0, or None"):
+        parse({name: value})
