@@ -52,6 +52,7 @@ def show(document: Mapping[str, Any]) -> None:
 
 def draw(document: Mapping[str, Any], path: Path) -> None:
     """Sparsity against cost, a panel for every goal; the file's suffix says the format."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     goals = means(document)
@@ -67,4 +68,6 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
         axes.set(xscale="log", xlabel="dense passes a layer", ylabel="sparsity",
                  title=f"max_error {max_error:g}, {documents} window(s)")  # fmt: skip
     panels[0].legend(fontsize="small")
-    figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "tuner"}):
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(path, dpi=120, metadata=metadata)
