@@ -16,11 +16,11 @@ from torch import Tensor
 from afbs_compile.capture import Layer
 from afbs_compile.kernels import dispatch
 from afbs_compile.kernels.geometry import Blocks, Mask, head_visible
-from afbs_compile.kernels.profile import Profile, profile
+from afbs_compile.kernels.profile import OFF, Profile, profile
 from afbs_compile.kernels.selection import select
 from afbs_compile.policy import Head
 from afbs_compile.policy_tensor import rows
-from afbs_compile.tuner.arrays import Floats
+from afbs_compile.tuner.arrays import Floats, Ints
 from afbs_compile.tuner.objective import Fidelity, Measured, QueryBlocks, SequenceLength, tau_of_u
 
 MOST_ROWS = 64  # query blocks profiled at most: cost grows with length, not with its square
@@ -45,6 +45,7 @@ class ProfileEvaluator:
 
     Attributes:
         tables: Profile of the whole input as NumPy arrays, by `Profile`'s names.
+        lambdas: Levels of the tables, log2 units; the first one is −inf, off.
         prefix: Profile of a prefix, for `SequenceLength` where rows of the whole input will not do
             (a query of a non-causal site sees what comes after it).
         blocks: Query blocks of the whole input.
@@ -53,34 +54,52 @@ class ProfileEvaluator:
     tables: dict[str, np.ndarray]
     prefix: dict[str, np.ndarray] | None
     blocks: int
+    lambdas: tuple[float, ...] = OFF
 
     @property
     def heads(self) -> int:
         """Query heads."""
-        return int(self.tables["error"].shape[1])
+        return int(self.tables["error"].shape[2])
 
-    def __call__(self, u: Floats, fidelity: Fidelity) -> Measured:
-        """Error and density at u `[H]`."""
+    def __call__(self, u: Floats, fidelity: Fidelity, level: Ints | None = None) -> Measured:
+        """Error and density at u `[H]` and lambda level `[H]` (None: off).
+
+        Of a block that tau drops all work is saved, of one that lambda leaves out half of it.
+        """
         tables = self.tables
         if isinstance(fidelity, SequenceLength) and self.prefix is not None:
             tables = self.prefix
             rows = np.arange(len(tables["rows"]))
         else:
             rows = chosen_rows(tables["rows"], fidelity, self.blocks)
-        return look_up(tables, rows, np.asarray(tau_of_u(u)))
+        level = np.zeros(self.heads, dtype=np.int64) if level is None else level
+        return look_up(tables, rows, np.asarray(tau_of_u(u)), level)
 
 
-def look_up(tables: dict[str, np.ndarray], rows: np.ndarray, tau: Floats) -> Measured:
-    """Error and density at tau `[H]` over some of the profiled rows."""
+def look_up(tables: dict[str, np.ndarray], rows: np.ndarray, tau: Floats, level: Ints) -> Measured:
+    """Error and density at tau `[H]` and lambda level `[H]` over some of the profiled rows."""
     before = tables["before"][:, :, rows]
     extra = (before < tau[None, :, None, None].astype(np.float32)).sum(-1)
     forced = tables["forced"][:, :, rows]
     extra = np.where(forced == 0, np.maximum(extra, 1), extra)
-    error = np.take_along_axis(tables["error"][:, :, rows], extra[..., None], -1)[..., 0].sum(-1)
+    error, computed = (
+        np.take_along_axis(
+            at_level(tables[name], level)[:, :, rows], extra[..., None], -1
+        )[..., 0].sum(-1)
+        for name in ("error", "computed")
+    )  # fmt: skip
     norm = tables["norm"][:, :, rows].sum(-1)
     relative = np.divide(error, norm, out=np.zeros(error.shape), where=norm != 0)
-    density = (extra + forced).sum((0, 2)) / (len(error) * tables["visible"][:, rows].sum(-1))
+    work = 0.5 * ((extra + forced).sum(-1) + computed)
+    density = work.sum(0) / (len(error) * tables["visible"][:, rows].sum(-1))
     return Measured(relative.max(0), density)
+
+
+def at_level(table: np.ndarray, level: Ints) -> np.ndarray:
+    """`[B, H, …]` out of `[Z, B, H, …]`: every head at its own level."""
+    if not level.any():
+        return np.asarray(table[0])
+    return np.stack([table[z, :, head] for head, z in enumerate(level)], 1)
 
 
 def chosen_rows(available: np.ndarray, fidelity: Fidelity, blocks: int) -> np.ndarray:
@@ -98,7 +117,12 @@ def spread(count: int, fidelity: QueryBlocks) -> np.ndarray:
 
 
 def profiled(
-    layer: Layer, *, selector: str, heads: int, low: Fidelity | None = None
+    layer: Layer,
+    *,
+    selector: str,
+    heads: int,
+    low: Fidelity | None = None,
+    lambdas: tuple[float, ...] = OFF,
 ) -> ProfileEvaluator:
     """Profile a layer: all query blocks, or `MOST_ROWS` spread evenly if there are more."""
     block_m, block_n = dispatch.block_sizes(layer.q.device.type)
@@ -113,19 +137,20 @@ def profiled(
             profile(
                 layer.q[:, :, :size_q], layer.k[:, :, :size_k], layer.v[:, :, :size_k], policy,
                 mask=layer.mask, scale=layer.scale, selector=selector,
-                block_m=block_m, block_n=block_n,
+                block_m=block_m, block_n=block_n, lambdas=lambdas,
             )
         )  # fmt: skip
     whole = profile(
         layer.q, layer.k, layer.v, policy, mask=layer.mask, scale=layer.scale,
         selector=selector, block_m=block_m, block_n=block_n, rows=chosen,
+        lambdas=lambdas,
     )  # fmt: skip
-    return ProfileEvaluator(as_numpy(whole), prefix, blocks)
+    return ProfileEvaluator(as_numpy(whole), prefix, blocks, lambdas)
 
 
 def as_numpy(tables: Profile) -> dict[str, np.ndarray]:
     """The tables of a profile on the host."""
-    names = ("rows", "error", "before", "norm", "forced", "visible")
+    names = ("rows", "error", "computed", "before", "norm", "forced", "visible")
     return {name: getattr(tables, name).cpu().numpy() for name in names}
 
 

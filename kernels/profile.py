@@ -4,8 +4,14 @@ For a query block, block partials `exp(S_j - max) V_j` are summed in the order i
 selector would keep the blocks (forced first, then by score), so that the output after keeping n
 blocks is a prefix sum. Its distance to the dense output is the error of every tau that keeps n
 blocks. One pass costs a few dense ones and replaces every further evaluation of tau.
+
+A lambda level leaves a kept block out of the sums too if no row's largest score in it comes within
+lambda of the row's largest score of all. A kernel compares with the largest score *so far* and
+leaves out fewer: it errs less than its profile, and saves less.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +21,9 @@ from afbs_compile.kernels.geometry import Blocks, Mask, head_visible, token_visi
 from afbs_compile.kernels.scores import block_scores
 from afbs_compile.kernels.selection import forced_blocks
 
+OFF = (-math.inf,)
+LEAST = 1e-30  # a sum of weights that a division survives
+
 
 @dataclass(frozen=True, slots=True)
 class Profile:
@@ -22,7 +31,9 @@ class Profile:
 
     Attributes:
         rows: int64 `[R]`, which query blocks.
-        error: fp32 `[B, H, R, N + 1]`, Σ|o − o*| after keeping the forced and the n best blocks.
+        error: fp32 `[Z, B, H, R, N + 1]`, Σ|o − o*| after keeping the forced and the n best
+            blocks, at each of Z lambda levels.
+        computed: int32 `[Z, B, H, R, N + 1]`, those kept that lambda does not leave out.
         before: fp32 `[B, H, R, N]`, score mass ranked before the n-th droppable block; +inf pads.
         norm: fp32 `[B, H, R]`, Σ|o*|.
         forced: int32 `[B, H, R]`, blocks that are kept whatever tau is.
@@ -31,6 +42,7 @@ class Profile:
 
     rows: Tensor
     error: Tensor
+    computed: Tensor
     before: Tensor
     norm: Tensor
     forced: Tensor
@@ -49,6 +61,7 @@ def profile(
     block_m: int,
     block_n: int,
     rows: Tensor | None = None,
+    lambdas: Sequence[float] = OFF,
 ) -> Profile:
     """Profile one attention call; every head is taken as sparse.
 
@@ -63,6 +76,7 @@ def profile(
         block_m: Query block, tokens.
         block_n: Key block, tokens.
         rows: Query blocks to look at; all by default.
+        lambdas: Levels in log2 units; −inf leaves nothing out.
     """
     scores, gated = block_scores(
         q, k, policy, mask=mask, scale=scale, selector=selector, block_m=block_m, block_n=block_n
@@ -74,16 +88,17 @@ def profile(
         rows = torch.arange(len(qb), device=q.device)
     order, before = ranking(scores[:, :, rows], forced[:, :, rows], visible[:, rows])
     kf, vf = pad_keys(k, block_n), pad_keys(v, block_n)
-    errors, norms = [], []
+    found = []
     for r, row in enumerate(rows.tolist()):
         i = torch.arange(row * block_m, min((row + 1) * block_m, q.shape[2]), device=q.device)
-        error, norm = row_errors(q[:, :, i], i, kf, vf, k.shape[2], order[:, :, r], policy,
-                                 mask=mask, scale=scale, block_n=block_n)  # fmt: skip
-        errors.append(error)
-        norms.append(norm)
+        found.append(
+            row_errors(q[:, :, i], i, kf, vf, k.shape[2], order[:, :, r], policy, lambdas,
+                       mask=mask, scale=scale, block_n=block_n)
+        )  # fmt: skip
+    error, computed, norm = (torch.stack(parts, -2) for parts in zip(*found, strict=True))
     kept = forced[:, :, rows].sum(-1, dtype=torch.int32)
-    error = shift(torch.stack(errors, 2), kept)
-    return Profile(rows, error, before, torch.stack(norms, 2), kept, visible[:, rows].sum(-1))
+    error, computed = shift(error, kept), shift(computed, kept)
+    return Profile(rows, error, computed, before, norm[..., 0], kept, visible[:, rows].sum(-1))
 
 
 def ranking(scores: Tensor, forced: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,48 +127,80 @@ def row_errors(
     length_k: int,
     order: Tensor,
     policy: Tensor,
+    lambdas: Sequence[float],
     *,
     mask: Mask,
     scale: float,
     block_n: int,
-) -> tuple[Tensor, Tensor]:
-    """Errors of one query block: `[B, H, NK + 1]` by blocks kept, and Σ|o*| `[B, H]`.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tables of one query block by blocks kept.
 
     q is `[B, Hq, M, D]` (rows i), k and v `[B, Hkv, NK·block_n, D]`, order `[B, Hq, NK]`.
+
+    Returns:
+        Errors and computed blocks `[Z, B, H, NK + 1]`, and Σ|o*| `[B, H, 1]`.
     """
-    batch, heads, m, dim = q.shape
-    kv_heads, blocks = k.shape[1], k.shape[2] // block_n
-    reach = blocks
+    blocks = reach = k.shape[2] // block_n
     if mask.causal:  # blocks past the diagonal are rank last: leave them out of the arithmetic
         reach = max(1, min(blocks, (int(i[-1]) + mask.offset) // block_n + 1))
     j = torch.arange(reach * block_n, device=q.device)
     seen = token_visible(mask, policy, i, j) & (j < length_k)
-    grouped = q.float().reshape(batch, kv_heads, -1, dim)
-    s = (grouped @ k[:, :, : len(j)].transpose(-1, -2)).view(batch, heads, m, -1)
-    s = (s * scale).masked_fill_(~seen, -torch.inf)
-    top = s.amax(-1, keepdim=True).clamp(min=-1e30)
-    p = s.sub_(top).exp_().view(batch, heads, m, reach, block_n).transpose(2, 3)
-    weight = p.sum(-1)  # [B, H, reach, M]
-    values = v[:, :, : len(j)].view(batch, kv_heads, reach, block_n, dim)
-    pv = p.reshape(batch, kv_heads, -1, reach, m, block_n) @ values[:, :, None]
-    pv = pv.view(batch, heads, reach, m, dim)
+    weight, pv, gain = partials(q, k[:, :, : len(j)], v[:, :, : len(j)], seen, scale, block_n)
     # row n of `kept` sums the n + 1 blocks that rank first: a product is faster than a cumsum
     rank = torch.argsort(order, dim=-1)[..., None, :reach]
-    kept = (rank <= torch.arange(reach, device=q.device)[:, None]).to(pv.dtype)
+    kept = rank <= torch.arange(reach, device=q.device)[:, None]
+    exact = pv.sum(2, keepdim=True).div_(weight.sum(2)[:, :, None, :, None].clamp(min=LEAST))
+    norm = exact.abs().sum((2, 3, 4))[..., None]
+    errors, computed = [], []
+    for level in lambdas:
+        live = kept if level == -math.inf else kept & (gain >= level)[:, :, None]
+        error = distances(live.to(pv.dtype), weight, pv, exact)
+        errors.append(fill(torch.cat([norm, error], -1), blocks))
+        computed.append(fill(live.sum(-1, dtype=torch.int32), blocks, first=True))
+    return torch.stack(errors), torch.stack(computed), norm
+
+
+def partials(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, block_n: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What every key block contributes to the rows of one query block, in plain fp32.
+
+    Returns:
+        Weight `[B, H, J, M]` and weighted values `[B, H, J, M, D]`, relative to each row's largest
+        score; and by how much a block comes closest to it, log2 units ≤ 0 `[B, H, J]`.
+    """
+    batch, heads, m, dim = q.shape
+    kv_heads, reach = k.shape[1], k.shape[2] // block_n
+    grouped = q.float().reshape(batch, kv_heads, -1, dim)
+    s = (grouped @ k.transpose(-1, -2)).view(batch, heads, m, -1)
+    s = (s * scale).masked_fill_(~seen, -torch.inf)
+    s = s.sub_(s.amax(-1, keepdim=True).clamp(min=-1 / LEAST))
+    s = s.view(batch, heads, m, reach, block_n).transpose(2, 3)
+    gain = s.amax((3, 4)) * math.log2(math.e)
+    p = s.exp_()
+    values = v.view(batch, kv_heads, reach, block_n, dim)
+    pv = p.reshape(batch, kv_heads, -1, reach, m, block_n) @ values[:, :, None]
+    return p.sum(-1), pv.view(batch, heads, reach, m, dim), gain
+
+
+def distances(kept: Tensor, weight: Tensor, pv: Tensor, exact: Tensor) -> Tensor:
+    """Σ|o − o*| `[B, H, N]` with the blocks of every row of `kept` `[B, H, N, J]`."""
     weight = kept @ weight
-    pv = (kept @ pv.reshape(batch, heads, reach, -1)).view(pv.shape)
-    pv = pv.div_(weight.clamp(min=1e-30)[..., None])
-    exact = pv[:, :, -1:].clone()
-    norm = exact.abs().sum((2, 3, 4))
-    error = pv.sub_(exact).abs_().sum((3, 4))
-    tail = error.new_zeros(batch, heads, blocks - reach)
-    return torch.cat([norm[..., None], error, tail], -1), norm
+    out = (kept @ pv.flatten(3)).view(pv.shape)
+    return out.div_(weight.clamp_(min=LEAST)[..., None]).sub_(exact).abs_().sum((3, 4))
+
+
+def fill(table: Tensor, blocks: int, *, first: bool = False) -> Tensor:
+    """Zeros after the last block within reach, and before the first one."""
+    table = torch.nn.functional.pad(table, (1 if first else 0, 0))
+    return torch.nn.functional.pad(table, (0, blocks + 1 - table.shape[-1]))
 
 
 def shift(error: Tensor, forced: Tensor) -> Tensor:
     """Drop the entries below the forced count: `[..., n]` becomes n droppable blocks kept."""
     columns = torch.arange(error.shape[-1], device=error.device) + forced[..., None]
-    return error.gather(-1, columns.clamp(max=error.shape[-1] - 1).long())
+    columns = columns.clamp(max=error.shape[-1] - 1).long()
+    return error.gather(-1, columns.expand(error.shape))
 
 
 def pad_keys(x: Tensor, block_n: int) -> Tensor:

@@ -1,11 +1,14 @@
 """The one-pass profile against running every threshold."""
 
+import math
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from afbs_compile.kernels import lists, reference
 from afbs_compile.kernels import policy_columns as col
-from afbs_compile.kernels import reference
+from afbs_compile.kernels.geometry import token_visible
 from afbs_compile.kernels.profile import profile
 from afbs_compile.kernels.scores import SELECTORS
 from afbs_compile.kernels.selection import select
@@ -25,17 +28,22 @@ def test_profile_knows_the_error_of_every_tau(problems, data, selector, tau):
     extra = (tables.before < tau).sum(-1)
     extra = torch.where(tables.forced == 0, extra.clamp(min=1), extra)
     extra = torch.minimum(extra, tables.visible - tables.forced)
-    found = tables.error.gather(-1, extra[..., None])[..., 0]
+    found = tables.error[0].gather(-1, extra[..., None])[..., 0]
+    computed = tables.computed[0].gather(-1, extra[..., None])[..., 0]
+    assert torch.equal(computed, counts)
     assert torch.equal((extra + tables.forced).int(), counts)
     norm = exact.abs().sum()
     torch.testing.assert_close(found / norm, wanted / norm, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(tables.norm.sum(), norm, rtol=1e-5, atol=1e-5)
 
 
-def run(problem, policy, selector):
-    lists = select(problem.q, problem.k, policy, selector=selector, **problem.site)
-    out, _ = reference.forward(problem.q, problem.k, problem.v, *lists, policy, **problem.site)
-    return out, lists[0]
+def run(problem, policy, selector, tau=None):
+    if tau is not None:
+        policy = policy.clone()
+        policy[:, col.TAU] = tau
+    found = select(problem.q, problem.k, policy, selector=selector, **problem.site)
+    out, _ = reference.forward(problem.q, problem.k, problem.v, *found, policy, **problem.site)
+    return out, found[0]
 
 
 @given(st.data())
@@ -43,9 +51,43 @@ def test_sampled_rows_are_rows_of_the_whole(problems, data):
     problem = data.draw(problems())
     whole = profile(problem.q, problem.k, problem.v, problem.policy, selector="sub8",
                     **problem.site)  # fmt: skip
-    blocks = whole.error.shape[2]
+    blocks = whole.error.shape[3]
     some = torch.tensor(sorted(data.draw(st.sets(st.integers(0, blocks - 1), min_size=1))))
     part = profile(problem.q, problem.k, problem.v, problem.policy, selector="sub8", rows=some,
                    **problem.site)  # fmt: skip
-    torch.testing.assert_close(part.error, whole.error[:, :, some])
+    torch.testing.assert_close(part.error, whole.error[:, :, :, some])
     assert torch.equal(part.before, whole.before[:, :, some])
+
+
+@given(st.data(), st.sampled_from([0.3, 0.9, 1.0]), st.sampled_from([-12.0, -3.0, -1.0, -0.1]))
+def test_profile_knows_what_lambda_leaves_out(problems, data, tau, level):
+    problem = data.draw(problems())
+    q, k, v, policy, site = problem.q, problem.k, problem.v, problem.policy, problem.site
+    tables = profile(q, k, v, policy, selector="sub8", lambdas=(-math.inf, level), **site)
+    policy = policy.clone()
+    policy[:, col.TAU] = tau
+    counts, indices = select(q, k, policy, selector="sub8", **site)
+    keep = lists.to_keep(counts, indices) & (gains(problem) >= level)
+    out, _ = reference.forward(q, k, v, *lists.from_keep(keep), policy, **site)
+    exact, _ = run(problem, problem.policy, "sub8", tau=1.0)
+    extra = (counts - tables.forced).long()[..., None]
+    found = tables.error[1].gather(-1, extra)[..., 0].sum()
+    torch.testing.assert_close(
+        found / exact.abs().sum(), (out - exact).abs().sum() / exact.abs().sum(),
+        atol=1e-6, rtol=1e-4,
+    )  # fmt: skip
+    assert torch.equal(tables.computed[1].gather(-1, extra)[..., 0], keep.sum(-1).int())
+
+
+def gains(problem):
+    """By how much each block comes closest to a row's largest score, log2 units `[B, H, I, J]`."""
+    q, k = problem.q.float(), problem.k.float()
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    i, j = torch.arange(q.shape[2]), torch.arange(k.shape[2])
+    seen = token_visible(problem.site["mask"], problem.policy, i, j)
+    s = (q @ k.transpose(-1, -2) * problem.site["scale"]).masked_fill(~seen, -math.inf)
+    s = s - s.amax(-1, keepdim=True).clamp(min=-1e30)
+    rows = [part.amax(2) for part in s.split(problem.block_m, 2)]
+    blocks = [torch.stack(rows, 2)[..., n : n + problem.site["block_n"]].amax(-1)
+              for n in range(0, k.shape[2], problem.site["block_n"])]  # fmt: skip
+    return torch.stack(blocks, -1) * math.log2(math.e)
