@@ -22,6 +22,7 @@ STRATEGIES = ("afbs-bo", "bisect")
 EVALUATORS = ("profile", "direct")
 FIDELITIES = ("query-blocks", "sequence-length")
 SELECTORS = ("sub8", "sub4", "mean")
+COMPENSATIONS = ("none", "tangent")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -39,6 +40,7 @@ class Options:
         evaluator: How a candidate is measured, one of `EVALUATORS`.
         fidelity: What a cheap evaluation looks at, one of `FIDELITIES`.
         selector: How block scores are made, one of `SELECTORS`.
+        compensation: What stands for a block that is left out, one of `COMPENSATIONS`.
         min_length: Calls with fewer query tokens stay dense.
         inductor: Configuration patches for Inductor.
     """
@@ -51,6 +53,7 @@ class Options:
     evaluator: str = "profile"
     fidelity: str = "query-blocks"
     selector: str = "sub8"
+    compensation: str = "none"
     min_length: int = 2048
     inductor: dict[str, Any] = field(default_factory=dict)
 
@@ -73,6 +76,7 @@ class Options:
             "evaluator": self.evaluator,
             "fidelity": self.fidelity,
             "selector": self.selector,
+            "compensation": self.compensation,
         }
 
 
@@ -180,6 +184,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "evaluator": one_of(EVALUATORS),
     "fidelity": one_of(FIDELITIES),
     "selector": one_of(SELECTORS),
+    "compensation": one_of(COMPENSATIONS),
     "min_length": positive,
 }
 
