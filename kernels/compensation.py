@@ -21,7 +21,7 @@ from afbs_compile.kernels.lists import to_keep
 from afbs_compile.kernels.scores import pool
 
 COMPENSATIONS = ("none", "tangent")
-CHUNK_ELEMENTS = 1 << 22  # numbers held at once; bounds memory at long lengths
+CHUNK_ELEMENTS = 1 << 21  # numbers held at once: what a cache holds, at any length
 
 
 def known(compensation: str) -> str:
@@ -131,8 +131,9 @@ def attend_rows(
     rows = torch.nn.functional.pad(q.float(), (0, 0, 0, short))
     rows = torch.unflatten(rows, 2, (blocks, block_m))
     s = (rows @ khat.transpose(-1, -2)).mul_(scale).add_(bias[:, :, :, None])
-    lse = s.logsumexp(-1)
-    o = s.sub_(lse.clamp(min=-1e30)[..., None]).exp_() @ vhat
+    p, total, lse = weights(s)
+    o = (p @ vhat).div_(total.clamp(min=1e-30))
+    lse = lse[..., 0]
     return o.flatten(2, 3)[:, :, :length], lse.flatten(2, 3)[:, :, :length]
 
 
@@ -151,7 +152,14 @@ def tangents(
     s = (centre[:, :, None] @ keys.transpose(-1, -2)).mul_(scale)
     position = torch.arange(keys.shape[2] * keys.shape[3], device=keys.device)
     s.masked_fill_((position >= length_k).view(keys.shape[2], 1, keys.shape[3]), -math.inf)
-    mass = s.logsumexp(-1, keepdim=True)
-    p = s.sub_(mass).exp_()
-    khat, vhat = p @ keys, p @ values
+    p, total, mass = weights(s)
+    khat, vhat = ((p @ x).div_(total) for x in (keys, values))
     return khat, vhat, mass - scale * (centre[:, :, None] * khat).sum(-1, keepdim=True)
+
+
+def weights(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of scores, which are overwritten: exp(s − maximum), its sum, the lse; over the last axis."""
+    top = s.amax(-1, keepdim=True).clamp_(min=-1e30)
+    p = s.sub_(top).exp_()
+    total = p.sum(-1, keepdim=True)
+    return p, total, top + total.log()

@@ -22,6 +22,7 @@ from afbs_compile.kernels.lists import from_keep, to_keep
 
 UNLIMITED = 1 << 30
 PARTS = {torch.float32: 1, torch.float16: 3, torch.bfloat16: 3}  # numbers that hold an fp32 one
+MORE = 16  # columns that make room for them: odd head dims are slower
 
 
 def forward(
@@ -89,14 +90,15 @@ def with_key(
     if scale == 0:
         q, scale = torch.zeros_like(q), 1.0
     rest, parts = lse.masked_fill(lse == -math.inf, 0)[..., None] / scale, []
+    room = q.new_zeros(*q.shape[:3], MORE - PARTS[q.dtype])
     for _ in range(PARTS[q.dtype]):
         parts.append(rest.to(q.dtype))
         rest = rest - parts[-1].float()
-    more = (0, len(parts), 0, -k.shape[2] % block_n + 1)
+    more = (0, MORE, 0, -k.shape[2] % block_n + 1)
     k, v = torch.nn.functional.pad(k, more), torch.nn.functional.pad(v, more)
-    k[:, :, -1, q.shape[3] :] = 1
+    k[:, :, -1, q.shape[3] : q.shape[3] + len(parts)] = 1
     v[:, :, -1, q.shape[3]] = 1
-    return torch.cat([q, *parts], -1), k, v, scale
+    return torch.cat([q, *parts, room], -1), k, v, scale
 
 
 def limits(policy: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
