@@ -157,6 +157,41 @@ def tangents(
     return khat, vhat, mass - scale * (centre[:, :, None] * khat).sum(-1, keepdim=True)
 
 
+def contributions(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    whole: Tensor,
+    top: Tensor,
+    length_k: int,
+    scale: float,
+    block_n: int,
+) -> tuple[Tensor, Tensor]:
+    """What the tangent of every key block would contribute to the rows of one query block.
+
+    Args:
+        q: `[B, Hq, M, D]`.
+        k: fp32 `[B, Hkv, J·block_n, D]`.
+        v: fp32 `[B, Hkv, J·block_n, D]`.
+        whole: Bool `[Hq, J]`; other blocks contribute nothing.
+        top: What the logits of a row are relative to, `[B, Hq, M]`.
+        length_k: Keys there are; the rest is filling.
+        scale: Multiplier on q·k.
+        block_n: Key block, tokens.
+
+    Returns:
+        Weight `[B, Hq, J, M]` and weighted value `[B, Hq, J, M, D]`.
+    """
+    grouped = torch.unflatten(q.float(), 1, (k.shape[1], -1))
+    keys, values = (torch.unflatten(x, 2, (-1, block_n)) for x in (k, v))
+    khat, vhat, bias = (
+        x.movedim(3, 2) for x in tangents(grouped.mean(3), keys, values, length_k, scale)
+    )
+    s = (khat @ grouped.transpose(-1, -2)).mul_(scale).add_(bias).flatten(1, 2)
+    weight = s.sub_(top[:, :, None]).masked_fill_(~whole[..., None], -math.inf).exp_()
+    return weight, weight[..., None] * vhat.flatten(1, 2)[..., None, :]
+
+
 def weights(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of scores, which are overwritten: exp(s − maximum), its sum, the lse; over the last axis."""
     top = s.amax(-1, keepdim=True).clamp_(min=-1e30)
