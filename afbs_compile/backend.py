@@ -91,7 +91,7 @@ def sparse(
             runner.settle(None, inputs)
     if not runner.sites:
         return inductor(gm, example_inputs, options)
-    policy = runner.all_dense()
+    policy = runner.tensor(None)
     rewritten = rewrite(
         gm, runner.sites, policy, selector=options.selector, min_length=options.min_length,
         compensation=options.compensation,

@@ -27,10 +27,10 @@ from afbs_compile.tuner.objective import (
     Fidelity,
     QueryBlocks,
     SequenceLength,
-    Trace,
     tau_of_u,
 )
 from afbs_compile.tuner.strategy import Goal
+from afbs_compile.tuner.trace import Trace
 from afbs_compile.tuner.tune import SiteResult, tune
 from afbs_compile.versions import device_name, versions
 

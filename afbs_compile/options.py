@@ -18,7 +18,7 @@ import platformdirs
 
 MEAN_ERROR_SHARE = 0.275  # of max_error: the mean over heads that tuning may spend by default
 
-STRATEGIES = ("afbs-bo", "bisect")
+STRATEGIES = ("afbs-bo", "afbs-bo-paper", "one-pass", "bisect", "grid", "sparge", "random")
 EVALUATORS = ("profile", "direct")
 FIDELITIES = ("query-blocks", "sequence-length")
 SELECTORS = ("sub8", "sub4", "mean")

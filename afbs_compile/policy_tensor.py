@@ -1,7 +1,7 @@
 """How does a site's policy reach the kernels? As one float32 row a query head."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,6 +17,20 @@ def to_tensor(site: Site, device: torch.device | str = "cpu") -> Tensor:
     """The policy of `site` as float32 [Hq, COLUMNS]; every head of a dense site is dense."""
     dense = site.decision == "dense"
     return rows([replace(head, mode="dense") if dense else head for head in site.heads], device)
+
+
+def stacked(sites: Sequence[tuple[str, int]], known: Mapping[str, Site]) -> Tensor:
+    """The policies of `sites` (name, query heads) as float32 [sites, Hmax, COLUMNS].
+
+    A site without a policy, and what is beyond a site's heads, is dense.
+    """
+    most = max(heads for _, heads in sites)
+    result = torch.zeros(len(sites), most, columns.COLUMNS)
+    result[..., columns.MODE], result[..., columns.TAU] = columns.DENSE, 1.0
+    for row, (name, heads) in enumerate(sites):
+        if name in known:
+            result[row, :heads] = to_tensor(known[name])
+    return result
 
 
 def rows(heads: Iterable[Head], device: torch.device | str = "cpu") -> Tensor:

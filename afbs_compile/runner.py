@@ -20,14 +20,13 @@ from torch.fx import GraphModule, Node
 
 from afbs_compile.calibrate import Problem
 from afbs_compile.identity import model_key
-from afbs_compile.kernels import policy_columns as col
 from afbs_compile.logs import warn
 from afbs_compile.options import Options
 from afbs_compile.passes.plan import Plan
 from afbs_compile.passes.rewrite import Site
 from afbs_compile.passes.sites import dotted, value
 from afbs_compile.policy import Policy, Tuning, bucket_of
-from afbs_compile.policy_tensor import to_tensor
+from afbs_compile.policy_tensor import stacked
 from afbs_compile.report import JOURNAL, SiteReport
 from afbs_compile.source import LOCK, Unusable, resolve
 
@@ -135,7 +134,7 @@ class Runner:
                 warn(f"a mask changes its form at {length} tokens; such calls run dense")
                 return None
         if length < self.options.min_length:
-            return self.all_dense()
+            return self.tensor(None)
         slot = call[0], bucket_of(length)
         if slot not in self.buckets:
             self.buckets[slot] = self.tuned(args, length)
@@ -175,20 +174,10 @@ class Runner:
                 weakref.finalize(weight, partial(forget, weakref.ref(self), weights))
         return self.keys[weights]
 
-    def tensor(self, tuning: Tuning) -> Tensor:
+    def tensor(self, tuning: Tuning | None) -> Tensor:
         """Policies of all sites, `[sites, Hmax, COLUMNS]`; a site without one is dense."""
-        stacked = self.all_dense().cpu()
-        for row, site in enumerate(self.sites):
-            if site.name in tuning.sites:
-                stacked[row, : site.heads] = to_tensor(tuning.sites[site.name])
-        return stacked.to(self.device)
-
-    def all_dense(self) -> Tensor:
-        """A policy under which every head keeps all that it sees."""
-        heads = max(site.heads for site in self.sites)
-        stacked = torch.zeros(len(self.sites), heads, col.COLUMNS)
-        stacked[..., col.MODE], stacked[..., col.TAU] = col.DENSE, 1.0
-        return stacked.to(self.device)
+        sites = [(site.name, site.heads) for site in self.sites]
+        return stacked(sites, tuning.sites if tuning else {}).to(self.device)
 
     def use(self, policy: Policy) -> None:
         """From the next call on take the thresholds of the policy's model from it."""

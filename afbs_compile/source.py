@@ -15,7 +15,7 @@ from afbs_compile.policy import Policy, PolicyError, Tuning, bucket_of
 from afbs_compile.policy import Site as SitePolicy
 from afbs_compile.progress import Progress
 from afbs_compile.report import JOURNAL, CalibrationReport
-from afbs_compile.tuner.objective import Trace
+from afbs_compile.tuner.trace import Trace
 
 LOCK = threading.RLock()  # one calibration at a time: it saturates the device anyway
 

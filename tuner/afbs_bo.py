@@ -5,7 +5,8 @@ the heads of a site (the floor keeps an error of 0 from spoiling them). Each hea
 maximises the log of the constrained expected improvement (Ament et al. 2023) of
 −(density + price·error) subject to error ≤ margin·max_error.
 allocate: one price over the posterior curves of all sites gives each head its target.
-refine: safeguarded secant at high fidelity, started where the curve meets the target.
+refine: safeguarded secant at high fidelity, started where the curve meets the target; with a prior
+from probe layers, lambda is searched on top (improve.py).
 validate: back-off on unseen inputs.
 """
 
@@ -16,13 +17,15 @@ import numpy as np
 
 from afbs_compile.tuner.acquisition import log_cei
 from afbs_compile.tuner.allocate import Allocation, allocate
-from afbs_compile.tuner.arrays import Floats
+from afbs_compile.tuner.arrays import Floats, Ints
 from afbs_compile.tuner.backoff import back_off
 from afbs_compile.tuner.batched_gp import BatchedGP
 from afbs_compile.tuner.curves import GRID, Curves, non_decreasing, stacked
-from afbs_compile.tuner.objective import U_MAX, Evaluator, Fidelity, Measured
-from afbs_compile.tuner.rootfind import Root, solve
-from afbs_compile.tuner.strategy import Goal, Plan, SitePlan, Validated
+from afbs_compile.tuner.improve import Search
+from afbs_compile.tuner.objective import U_MAX, Evaluator, Fidelity, Measured, lambdas_of, measure
+from afbs_compile.tuner.prior import Prior
+from afbs_compile.tuner.rootfind import solve
+from afbs_compile.tuner.strategy import Found, Goal, Plan, SitePlan, Validated
 
 DESIGN = (0.4, 1.2, 2.4)  # u of the first calls
 JITTER = 0.1  # of the design, by the seed
@@ -42,6 +45,7 @@ class AfbsBo:
     goal: Goal
     low: Fidelity
     high: Fidelity
+    prior: Prior | None = None
 
     def explore(self, evaluator: Evaluator, earlier: Sequence[Curves] = ()) -> Curves:
         """Posterior curves of a site, from 3 to 8 calls at low fidelity."""
@@ -64,19 +68,29 @@ class AfbsBo:
         start = np.where(given.dense, U_MAX, GRID[given.index])
         ends = np.cumsum([site.heads for site in curves.values()])[:-1]
         parts = zip(curves, np.split(given.error, ends), np.split(start, ends), strict=True)
-        return Plan({site: SitePlan(target, u) for site, target, u in parts}, given.price)
+        plans = {site: SitePlan(t, u, np.zeros(len(u), dtype=np.int64)) for site, t, u in parts}
+        return Plan(plans, given.price)
 
-    def refine(self, evaluator: Evaluator, target: Floats, start: Floats) -> Root:
-        """Secant from the curve's u; a head to be dense starts, and ends, at U_MAX."""
-        return solve(
-            lambda u: evaluator(u, self.high),
-            target,
-            start=start,
+    def refine(self, evaluator: Evaluator, plan: SitePlan) -> Found:
+        """Secant from the curve's u; a head to be dense starts, and ends, at U_MAX.
+
+        With a prior and an evaluator of several levels, (u, level) may then improve on it.
+        """
+        if self.prior is None or len(lambdas_of(evaluator)) == 1:
+            return Found.of(
+                solve(lambda u: evaluator(u, self.high), plan.target, start=plan.start)
+            )
+        self.prior.expect(lambdas_of(evaluator))
+        search = Search.new(
+            lambda u, level: measure(evaluator, u, self.high, level), plan.target, self.prior
         )
+        return search.run(plan.start)
 
-    def validate(self, evaluator: Evaluator, u: Floats, cap: Floats | float) -> Validated:
+    def validate(
+        self, evaluator: Evaluator, u: Floats, level: Ints, cap: Floats | float
+    ) -> Validated:
         """Back off where an unseen input exceeds the cap."""
-        return back_off(evaluator, u, cap, self.high)
+        return back_off(evaluator, u, cap, self.high, level)
 
     def _allocation(self, curves: Sequence[Curves]) -> Allocation:
         error, density = stacked(curves)

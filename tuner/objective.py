@@ -1,17 +1,18 @@
 """What does the search ask, and what is it told? The protocol between search and measurement.
 
-The variable of a head is u = −log10(1 − tau) in [0, U_MAX], tau the pooled mass kept; log error
-is close to a straight line in u. Error falls and density rises with u, up to measurement noise.
+The first variable of a head is u = −log10(1 − tau) in [0, U_MAX], tau the pooled mass kept; log
+error is close to a straight line in u. Error falls and density rises with u, up to noise.
+The second is a level: an index into the evaluator's values of lambda, from off to strict. Error
+rises and density falls with it.
 """
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Protocol, Self, TypeVar
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-from afbs_compile.tuner.arrays import Bools, Floats
+from afbs_compile.tuner.arrays import Bools, Floats, Ints
 
 U_MAX = 4.0  # tau = 0.9999
 ROUNDING = 1e-6  # a density of float32 sums may leave [0, 1] by this much
@@ -104,8 +105,9 @@ def parse_fidelity(text: str) -> Fidelity:
 class Measured:
     """What one evaluation says of each head: error [H] and density [H].
 
-    error: relative L1 Σ|o − o*| / Σ|o*|, the worst over the documents; density: visited over
-    visible blocks, in [0, 1].
+    error: relative L1 Σ|o − o*| / Σ|o*|, the worst over the documents; density, in [0, 1]: the
+    mean of the shares of visible blocks whose Q·K and whose P·V is computed (they differ only
+    where a lambda is on), 1 − (Q·K skipped + P·V skipped) / 2.
 
     Raises:
         ValueError: shapes that differ, or a head with a value that is not finite or in range.
@@ -144,9 +146,55 @@ class Evaluator(Protocol):
         """Number of heads H."""
         ...
 
-    def __call__(self, u: Floats, fidelity: Fidelity) -> Measured:
-        """Error and density at u [H], looking at as much of the input as `fidelity` says."""
+    @property
+    def lambdas(self) -> tuple[float, ...]:
+        """Values of lambda that levels stand for, in log2 units, ascending; the first is −inf."""
         ...
+
+    def __call__(self, u: Floats, fidelity: Fidelity, level: Ints | None = None) -> Measured:
+        """Error and density at u [H] and level [H], on as much of the input as `fidelity` says.
+
+        Levels are indices into `lambdas`; None is 0 for every head.
+        """
+        ...
+
+
+OFF = (-np.inf,)  # the levels of an evaluator that knows no lambda
+
+
+def lambdas_of(evaluator: Evaluator) -> tuple[float, ...]:
+    """The evaluator's levels; one that does not tell has lambda off."""
+    lambdas: tuple[float, ...] = getattr(evaluator, "lambdas", OFF)
+    return lambdas
+
+
+def measure(
+    evaluator: Evaluator, u: Floats, fidelity: Fidelity, level: Ints | None = None
+) -> Measured:
+    """Call an evaluator; one that knows no levels is not given any as long as all are 0."""
+    if level is None or not level.any():
+        return evaluator(u, fidelity)
+    return evaluator(u, fidelity, level)
+
+
+def profile_cost_of(evaluator: Evaluator) -> float | None:
+    """Dense passes that the profile behind an evaluator cost; None: every call runs attention.
+
+    An evaluator with an attribute `profile_cost` answers every call by a look-up.
+    """
+    cost: float | None = getattr(evaluator, "profile_cost", None)
+    return cost
+
+
+def checked_lambdas(lambdas: tuple[float, ...]) -> tuple[float, ...]:
+    """`lambdas`, if they are levels.
+
+    Raises:
+        ValueError: the first is not −inf, or they do not ascend.
+    """
+    if not lambdas or lambdas[0] != -np.inf or not np.all(np.diff(lambdas) > 0.0):
+        raise ValueError(f"levels of lambda begin with -inf and ascend, got {lambdas}")
+    return lambdas
 
 
 def expect_heads(measured: Measured, heads: int) -> Measured:
@@ -158,87 +206,3 @@ def expect_heads(measured: Measured, heads: int) -> Measured:
     if len(measured.error) != heads:
         raise ValueError(f"asked for {heads} heads, the evaluator measured {len(measured.error)}")
     return measured
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """One call of an evaluator; u, error and density have one entry a head."""
-
-    site: str
-    phase: str
-    fidelity: Fidelity
-    u: tuple[float, ...]
-    error: tuple[float, ...]
-    density: tuple[float, ...]
-    cost: float
-
-
-@dataclass(slots=True)
-class Trace:
-    """Every evaluation of a search, in order."""
-
-    rows: list[Evaluation] = field(default_factory=list)
-
-    @property
-    def calls(self) -> int:
-        """Calls of an evaluator."""
-        return len(self.rows)
-
-    @property
-    def evaluations(self) -> int:
-        """Evaluations per head, summed over the heads."""
-        return sum(len(row.u) for row in self.rows)
-
-    @property
-    def cost(self) -> float:
-        """In dense passes of one site."""
-        return sum(row.cost for row in self.rows)
-
-    def to_json(self) -> str:
-        """One JSON list, an object an evaluation; numbers come back bit for bit."""
-        rows = [asdict(row) | {"fidelity": str(row.fidelity)} for row in self.rows]
-        return json.dumps(rows, sort_keys=True, allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """The trace that `to_json` wrote."""
-        rows = []
-        for row in json.loads(text):
-            arrays = {name: tuple(row[name]) for name in ("u", "error", "density")}
-            rows.append(Evaluation(**row | arrays | {"fidelity": parse_fidelity(row["fidelity"])}))
-        return cls(rows)
-
-
-@dataclass(frozen=True, slots=True)
-class Traced:
-    """An evaluator that writes down what another one measures, and counts its heads."""
-
-    evaluator: Evaluator
-    trace: Trace
-    site: str
-    phase: str = "evaluate"
-
-    @property
-    def heads(self) -> int:
-        """Number of heads H."""
-        return self.evaluator.heads
-
-    def __call__(self, u: Floats, fidelity: Fidelity) -> Measured:
-        """Measure, and append to the trace; errors are noted with the site."""
-        try:
-            measured = expect_heads(self.evaluator(u, fidelity), self.heads)
-        except ValueError as error:
-            error.add_note(f"at site {self.site}, phase {self.phase}, {fidelity}")
-            raise
-        self.trace.rows.append(
-            Evaluation(
-                site=self.site,
-                phase=self.phase,
-                fidelity=fidelity,
-                u=tuple(u.tolist()),
-                error=tuple(measured.error.tolist()),
-                density=tuple(measured.density.tolist()),
-                cost=fidelity.cost,
-            )
-        )
-        return measured

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
-from afbs_compile.tuner.arrays import Bools, Floats
+import numpy as np
+
+from afbs_compile.tuner.arrays import Bools, Floats, Ints
 from afbs_compile.tuner.curves import Curves
 from afbs_compile.tuner.objective import Evaluator, Fidelity, Measured
 from afbs_compile.tuner.rootfind import Root
@@ -51,10 +53,22 @@ class Goal:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SitePlan:
-    """What the heads of a site should reach: target error [H] (0: dense), start u [H]."""
+    """What the heads of a site should reach.
+
+    Attributes:
+        target: error [H]; 0: dense.
+        start: u where the search begins [H].
+        level: level of lambda where it begins [H].
+    """
 
     target: Floats
     start: Floats
+    level: Ints
+
+    @classmethod
+    def at_zero(cls, target: Floats) -> Self:
+        """A plan that knows no better place to begin than u = 0, lambda off."""
+        return cls(target, np.zeros(len(target)), np.zeros(len(target), dtype=np.int64))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,6 +77,22 @@ class Plan:
 
     sites: Mapping[str, SitePlan]
     price: float | None = None
+
+
+class Found(NamedTuple):
+    """Thresholds u and level [H], what was measured there, and whether it meets the target [H]."""
+
+    u: Floats
+    level: Ints
+    error: Floats
+    density: Floats
+    feasible: Bools
+
+    @classmethod
+    def of(cls, root: Root, level: Ints | None = None) -> Self:
+        """A root, found at `level` (None: 0)."""
+        level = np.zeros(len(root.u), dtype=np.int64) if level is None else level
+        return cls(root.u, level, root.error, root.density, root.feasible)
 
 
 class Validated(NamedTuple):
@@ -84,12 +114,14 @@ class Strategy(Protocol):
         """The target of every head, out of the curves of all sites."""
         ...
 
-    def refine(self, evaluator: Evaluator, target: Floats, start: Floats) -> Root:
-        """The least u of each head that meets its target at high fidelity."""
+    def refine(self, evaluator: Evaluator, plan: SitePlan) -> Found:
+        """Thresholds of each head that meet its target at high fidelity, of low density."""
         ...
 
-    def validate(self, evaluator: Evaluator, u: Floats, cap: Floats | float) -> Validated:
-        """Thresholds u [H], backed off until errors on unseen inputs are ≤ cap."""
+    def validate(
+        self, evaluator: Evaluator, u: Floats, level: Ints, cap: Floats | float
+    ) -> Validated:
+        """Thresholds u [H] at `level`, backed off until errors on unseen inputs are ≤ cap."""
         ...
 
 

@@ -9,19 +9,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from afbs_compile.tuner.arrays import Bools, Floats
+from afbs_compile.tuner.arrays import Bools, Floats, Ints
 from afbs_compile.tuner.curves import Curves
+from afbs_compile.tuner.incumbent import Incumbent
 from afbs_compile.tuner.objective import (
     FULL,
+    OFF,
     U_MAX,
     Evaluator,
     Fidelity,
     QueryBlocks,
-    Trace,
-    Traced,
+    lambdas_of,
 )
+from afbs_compile.tuner.prior import Prior
 from afbs_compile.tuner.strategies import strategy_of
-from afbs_compile.tuner.strategy import Goal, SitePlan, Strategy
+from afbs_compile.tuner.strategy import Found, Goal, SitePlan, Strategy
+from afbs_compile.tuner.trace import Trace, Traced
 
 OnProgress = Callable[[int, int, str, str], None]
 """Called after each step with (done, total, phase, site)."""
@@ -36,12 +39,16 @@ class SiteResult:
         dense: heads without sparsity [H].
         error: worst error measured at u at high fidelity, validation included [H]; 0 where dense.
         density: largest density measured there [H]; 1 where dense.
+        level: index into the evaluator's lambdas [H]; 0 where dense.
+        lambda_: that lambda, log2 units [H]; −inf is off.
     """
 
     u: Floats
     dense: Bools
     error: Floats
     density: Floats
+    level: Ints
+    lambda_: Floats
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,6 +77,7 @@ def tune(
     *,
     low: Fidelity = QueryBlocks(1 / 8),  # noqa: B008
     high: Fidelity = FULL,
+    prior: Prior | None = None,
     validation: Mapping[str, Evaluator] | None = None,
     on_progress: OnProgress | None = None,
     trace: Trace | None = None,
@@ -84,6 +92,7 @@ def tune(
         strategy: a name of `strategies.STRATEGIES`.
         low: fidelity of the exploration.
         high: fidelity of everything else.
+        prior: what other layers' profiles look like; AFBS-BO then searches lambda, too.
         validation: evaluators of every site on unseen inputs.
         on_progress: called after each step.
         trace: where evaluations are written, if somebody wants to watch.
@@ -95,7 +104,7 @@ def tune(
     """
     run = _Run(
         goal,
-        strategy_of(strategy, goal, low, high),
+        strategy_of(strategy, goal, low, high, prior),
         high,
         _validation(evaluators, validation),
         Trace() if trace is None else trace,
@@ -116,10 +125,22 @@ def _validation(
     return validation
 
 
-def _dense(heads: int) -> SiteResult:
+def _site_result(found: Found, dense: Bools, lambdas: tuple[float, ...]) -> SiteResult:
+    """What was found, with the heads that are to be dense made so."""
+    level = np.where(dense, 0, found.level)
     return SiteResult(
-        np.full(heads, U_MAX), np.ones(heads, dtype=bool), np.zeros(heads), np.ones(heads)
+        np.where(dense, U_MAX, found.u),
+        dense,
+        np.where(dense, 0.0, found.error),
+        np.where(dense, 1.0, found.density),
+        level,
+        np.asarray(lambdas)[level],
     )
+
+
+def _dense(heads: int) -> SiteResult:
+    none = Incumbent.none(np.zeros(heads)).found
+    return _site_result(none, np.ones(heads, dtype=bool), OFF)
 
 
 @dataclass(slots=True)
@@ -165,29 +186,23 @@ class _Run:
         return curves
 
     def finish(self, site: str, evaluator: Evaluator, plan: SitePlan) -> SiteResult:
-        root = self.strategy.refine(
-            Traced(evaluator, self.trace, site, "refine"), plan.target, plan.start
-        )
-        result = SiteResult(root.u, ~root.feasible, root.error, root.density)
+        found = self.strategy.refine(Traced(evaluator, self.trace, site, "refine"), plan)
+        dense = ~found.feasible
         if site in self.validation:
-            result = self.validate(site, evaluator, result)
+            found, dense = self.validate(site, evaluator, found)
         self.progress.step("refine", site)
-        return SiteResult(
-            np.where(result.dense, U_MAX, result.u),
-            result.dense,
-            np.where(result.dense, 0.0, result.error),
-            np.where(result.dense, 1.0, result.density),
-        )
+        return _site_result(found, dense, lambdas_of(evaluator))
 
-    def validate(self, site: str, evaluator: Evaluator, before: SiteResult) -> SiteResult:
+    def validate(self, site: str, evaluator: Evaluator, before: Found) -> tuple[Found, Bools]:
         """Back off on unseen inputs, and measure again where thresholds moved."""
         unseen = Traced(self.validation[site], self.trace, site, "validate")
-        cap = np.where(before.dense, np.inf, self.goal.max_error)
-        u, measured, failed = self.strategy.validate(unseen, before.u, cap)
-        error, density, dense = before.error, before.density, before.dense | failed
+        cap = np.where(before.feasible, self.goal.max_error, np.inf)
+        u, measured, failed = self.strategy.validate(unseen, before.u, before.level, cap)
+        error, density, dense = before.error, before.density, ~before.feasible | failed
         if np.any(u != before.u):
-            again = Traced(evaluator, self.trace, site, "remeasure")(u, self.high)
+            traced = Traced(evaluator, self.trace, site, "remeasure")
+            again = traced(u, self.high, before.level)
             error, density = again.error, again.density
             dense = dense | (error > self.goal.max_error)
         error, density = np.maximum(error, measured.error), np.maximum(density, measured.density)
-        return SiteResult(u, dense, error, density)
+        return before._replace(u=u, error=error, density=density), dense

@@ -5,6 +5,7 @@ small steps (blocks are discrete); density an S-curve in u; a low fidelity is of
 percent. Some heads have no error at all, some never reach a cap.
 """
 
+import functools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -73,6 +74,58 @@ def make_landscape(seed, heads, hopeless=0.0, exact=0.0):
     )
 
 
+@dataclass(frozen=True)
+class Leveled:
+    """The same heads with lambda: it adds error of its own and saves a share of the work."""
+
+    base: Landscape
+    amount: np.ndarray  # error that the strictest level adds
+    saving: np.ndarray  # share of the work that it leaves out, at most a half
+    lambdas: tuple[float, ...] = (-np.inf, -7.0, -5.0, -3.0, -1.0)
+
+    @property
+    def heads(self):
+        return self.base.heads
+
+    def __call__(self, u, fidelity, level=None):
+        level = np.zeros(self.heads, dtype=int) if level is None else level
+        assert np.all((level >= 0) & (level < len(self.lambdas)))
+        strictness = np.array(self.lambdas)[level] + 1.0  # −inf … 0
+        plain = self.base(u, fidelity)
+        error = np.hypot(plain.error, self.amount * np.exp(0.6 * strictness))
+        return Measured(error, plain.density * (1.0 - self.saving * np.exp(0.4 * strictness)))
+
+    def taken(self, order):
+        return Leveled(self.base.taken(order), self.amount[order], self.saving[order])
+
+    def shifted(self, log_factor):
+        return replace(self, base=self.base.shifted(log_factor))
+
+
+@dataclass(frozen=True)
+class Profiled(Leveled):
+    """The same, all of it looked up."""
+
+    profile_cost: float = 4.5
+
+
+def make_leveled(seed, heads, kind=Leveled, **shares):
+    """A site of `heads` heads with five levels of lambda."""
+    rng = np.random.default_rng(seed + 1)
+    amount, saving = rng.uniform(0.02, 0.4, heads), rng.uniform(0.0, 0.4, heads)
+    return kind(make_landscape(seed, heads, **shares), amount, saving)
+
+
 @pytest.fixture(scope="session")
 def landscape():
     return make_landscape
+
+
+@pytest.fixture(scope="session")
+def leveled():
+    return make_leveled
+
+
+@pytest.fixture(scope="session")
+def profiled():
+    return functools.partial(make_leveled, kind=Profiled)

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from afbs_compile.tuner.afbs_bo import AfbsBo
 from afbs_compile.tuner.curves import GRID
-from afbs_compile.tuner.objective import FULL, U_MAX, QueryBlocks, Trace, Traced
-from afbs_compile.tuner.strategy import Goal
+from afbs_compile.tuner.objective import FULL, U_MAX, QueryBlocks
+from afbs_compile.tuner.strategy import Goal, SitePlan
+from afbs_compile.tuner.trace import Trace, Traced
 
 LOW = QueryBlocks(0.125)
 GOAL = Goal(0.2, 0.08)
@@ -131,15 +132,16 @@ def test_refines_at_high_fidelity_and_leaves_dense_heads_alone(landscape):
     trace = Trace()
     site = landscape(0, 3)
     target, start = np.array([0.1, 0.0, 0.05]), np.array([1.0, U_MAX, 1.5])
-    root = made().refine(Traced(site, trace, "site"), target, start)
+    found = made().refine(Traced(site, trace, "site"), SitePlan(target, start, np.zeros(3, int)))
     assert {row.fidelity for row in trace.rows} == {FULL}
-    np.testing.assert_array_equal(root.feasible, [True, False, True])
-    assert np.all(root.error[[0, 2]] <= target[[0, 2]])
-    assert root.evaluations[1] == 1
+    np.testing.assert_array_equal(found.feasible, [True, False, True])
+    assert np.all(found.error[[0, 2]] <= target[[0, 2]])
+    assert {row.u[1] for row in trace.rows} == {U_MAX}
 
 
 def test_validates_at_high_fidelity(landscape):
     trace = Trace()
-    _, measured, dense = made().validate(Traced(landscape(0, 4), trace, "s"), np.full(4, 1.0), 0.1)
+    site = Traced(landscape(0, 4), trace, "s")
+    _, measured, dense = made().validate(site, np.full(4, 1.0), np.zeros(4, int), 0.1)
     assert {row.fidelity for row in trace.rows} == {FULL}
     np.testing.assert_array_equal(dense, measured.error > 0.1)

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from afbs_compile.tuner.backoff import ROUNDS, STEP, back_off
-from afbs_compile.tuner.objective import FULL, U_MAX, Trace, Traced
+from afbs_compile.tuner.objective import FULL, U_MAX
+from afbs_compile.tuner.trace import Trace, Traced
 
 
 @given(seed=st.integers(0, 2**32 - 1), cap=st.floats(0.02, 0.3))

@@ -1,8 +1,9 @@
 import numpy as np
 
 from afbs_compile.tuner.bisect import Bisect
-from afbs_compile.tuner.objective import FULL, QueryBlocks, Trace, Traced
-from afbs_compile.tuner.strategy import Goal
+from afbs_compile.tuner.objective import FULL, QueryBlocks
+from afbs_compile.tuner.strategy import Goal, SitePlan
+from afbs_compile.tuner.trace import Trace, Traced
 
 
 def made(goal):
@@ -28,7 +29,7 @@ def test_gives_every_head_the_same_target(landscape):
 def test_refines_at_high_fidelity(landscape):
     trace = Trace()
     site = Traced(landscape(0, 4), trace, "site")
-    root = made(Goal(0.2)).refine(site, np.full(4, 0.1), np.zeros(4))
+    root = made(Goal(0.2)).refine(site, SitePlan.at_zero(np.full(4, 0.1)))
     assert {row.fidelity for row in trace.rows} == {FULL}
     assert np.all(root.error <= 0.1)
     assert trace.calls == 8
@@ -37,6 +38,6 @@ def test_refines_at_high_fidelity(landscape):
 def test_validates_at_high_fidelity(landscape):
     trace = Trace()
     site = Traced(landscape(0, 4), trace, "site")
-    _, measured, dense = made(Goal(0.2)).validate(site, np.full(4, 1.0), 0.1)
+    _, measured, dense = made(Goal(0.2)).validate(site, np.full(4, 1.0), np.zeros(4, int), 0.1)
     assert {row.fidelity for row in trace.rows} == {FULL}
     np.testing.assert_array_equal(dense, measured.error > 0.1)

@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,10 +9,11 @@ from afbs_compile.tuner.objective import (
     Measured,
     QueryBlocks,
     SequenceLength,
-    Trace,
-    Traced,
+    checked_lambdas,
     expect_heads,
+    lambdas_of,
     parse_fidelity,
+    profile_cost_of,
     tau_of_u,
     u_of_tau,
 )
@@ -90,50 +89,18 @@ def test_number_of_heads_is_checked():
         expect_heads(measured, 3)
 
 
-def test_trace_totals(landscape):
-    trace = Trace()
-    site = Traced(landscape(0, 5), trace, "layer0", "explore")
-    site(np.full(5, 1.0), QueryBlocks(0.125))
-    site(np.full(5, 2.0), FULL)
-    assert (trace.calls, trace.evaluations, trace.cost) == (2, 10, 1.125)
-    assert trace.rows[0].phase == "explore"
-    assert trace.rows[1].u == (2.0,) * 5
+def test_an_evaluator_that_does_not_tell_has_lambda_off_and_no_profile(landscape):
+    class Levels:
+        heads, lambdas, profile_cost = 2, (-np.inf, -3.0), 4.0
+
+    assert lambdas_of(Levels()) == (-np.inf, -3.0)
+    assert profile_cost_of(Levels()) == 4.0
+    assert lambdas_of(landscape(0, 2)) == (-np.inf,)
+    assert profile_cost_of(landscape(0, 2)) is None
 
 
-@given(seed=st.integers(0, 2**32 - 1), calls=st.integers(0, 4), fraction=fractions)
-def test_trace_survives_json(landscape, seed, calls, fraction):
-    trace = Trace()
-    site = Traced(landscape(seed, 3), trace, "läyer", "refine")
-    rng = np.random.default_rng(seed)
-    for _ in range(calls):
-        site(rng.uniform(0.0, U_MAX, 3), SequenceLength(fraction))
-    text = trace.to_json()
-    assert Trace.from_json(text) == trace
-    assert Trace.from_json(text).to_json() == text
-    assert len(json.loads(text)) == calls
-
-
-def test_errors_are_noted_with_the_site():
-    class Broken:
-        heads = 2
-
-        def __call__(self, u, fidelity):
-            return Measured(u * np.nan, u)
-
-    trace = Trace()
-    with pytest.raises(ValueError, match="head 0") as caught:
-        Traced(Broken(), trace, "layer7", "refine")(np.zeros(2), FULL)
-    assert any("layer7" in note for note in caught.value.__notes__)
-    assert trace.calls == 0
-
-
-def test_wrong_number_of_heads_is_noted_with_the_site():
-    class Short:
-        heads = 3
-
-        def __call__(self, u, fidelity):
-            return Measured(np.zeros(2), np.ones(2))
-
-    with pytest.raises(ValueError, match="asked for 3 heads") as caught:
-        Traced(Short(), Trace(), "layer7", "refine")(np.zeros(3), FULL)
-    assert any("layer7" in note for note in caught.value.__notes__)
+@pytest.mark.parametrize("lambdas", [(), (-3.0,), (-np.inf, -3.0, -3.0), (-np.inf, -3.0, -5.0)])
+def test_levels_begin_with_off_and_ascend(lambdas):
+    assert checked_lambdas((-np.inf, -3.0, -1.0)) == (-np.inf, -3.0, -1.0)
+    with pytest.raises(ValueError, match="begin with -inf and ascend"):
+        checked_lambdas(lambdas)

@@ -3,11 +3,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afbs_compile.tuner.objective import FULL, U_MAX, Measured, QueryBlocks, Trace
+from afbs_compile.tuner.objective import FULL, U_MAX, Measured, QueryBlocks
+from afbs_compile.tuner.strategies import STRATEGIES
 from afbs_compile.tuner.strategy import Goal
+from afbs_compile.tuner.trace import Trace
 from afbs_compile.tuner.tune import tune
 
-names = st.sampled_from(["afbs-bo", "bisect"])
+names = st.sampled_from(sorted(STRATEGIES))
 
 
 def model(landscape, seed=0, layers=3, heads=4, **shares):
@@ -139,7 +141,7 @@ def test_no_error_means_dense_without_an_evaluation(landscape, goal):
         np.testing.assert_array_equal(result.sites[name].u, U_MAX)
 
 
-@pytest.mark.parametrize("strategy", ["afbs-bo", "bisect"])
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 def test_same_seed_same_result(landscape, strategy):
     sites = model(landscape)
     first, second = (tune(sites, Goal(0.1, 0.05, seed=3), strategy) for _ in range(2))
@@ -212,7 +214,7 @@ def test_nonsense_names_head_and_site(landscape):
 def test_bad_arguments_are_refused_before_anything_is_measured(landscape):
     sites, trace = model(landscape), Trace()
     with pytest.raises(ValueError, match="choose one of"):
-        tune(sites, Goal(0.1), "grid", trace=trace)
+        tune(sites, Goal(0.1), "gird", trace=trace)
     with pytest.raises(ValueError, match="no site"):
         tune({}, Goal(0.1), trace=trace)
     with pytest.raises(ValueError, match="layer0, layer2"):
