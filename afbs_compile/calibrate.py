@@ -103,12 +103,15 @@ def measured(
             layer = stream.layer(site.name)
             if options.evaluator == "profile":
                 table[site.name] = profiled(
-                    layer, selector=options.selector, heads=site.heads, low=LOW[options.fidelity]
-                )
+                    layer, selector=options.selector, heads=site.heads, low=LOW[options.fidelity],
+                    compensation=options.compensation,
+                )  # fmt: skip
             else:
-                table[site.name] = DirectEvaluator(stream, site.name, site.heads, options.selector)
+                table[site.name] = DirectEvaluator(
+                    stream, site.name, site.heads, options.selector, options.compensation
+                )
         if (kind := signature(layer)) not in speeds:
-            speeds[kind] = measure(layer, options.selector)
+            speeds[kind] = measure(layer, options.selector, options.compensation)
         by_site[site.name] = speeds[kind]
     on_progress(len(sites), len(sites), "profile", "")
     unseen = [tables.pop()] if len(tables) > 1 else []
