@@ -12,7 +12,7 @@ from pathlib import Path
 
 from afbs_compile import logs
 from afbs_compile.commands.errors import CommandError
-from afbs_compile.options import EVALUATORS, FIDELITIES, SELECTORS, STRATEGIES
+from afbs_compile.options import COMPENSATIONS, EVALUATORS, FIDELITIES, SELECTORS, STRATEGIES
 from afbs_compile.policy import PolicyError
 from afbs_compile.versions import version
 
@@ -81,6 +81,7 @@ def add_tuning(command: argparse.ArgumentParser) -> None:
     command.add_argument("--evaluator", choices=EVALUATORS)
     command.add_argument("--fidelity", choices=FIDELITIES)
     command.add_argument("--selector", choices=SELECTORS)
+    command.add_argument("--compensation", choices=COMPENSATIONS)
     command.add_argument("--min-length", type=int, help="shorter calls stay dense, in tokens")
     add_cache_dir(command)
     add_json(command)

@@ -13,6 +13,7 @@ NAMES = (
     "evaluator",
     "fidelity",
     "selector",
+    "compensation",
     "min_length",
     "cache_dir",
 )
