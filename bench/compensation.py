@@ -215,7 +215,10 @@ def main() -> None:
                     f"{row['cpu_seconds_dense']:.2f})",
                     flush=True,
                 )
-            write(document(asked.name, found))  # what there is, in case it is stopped
+            done = len({(row["text"], row["window"]) for row in found})
+            left = len(asked.text) * asked.windows - done
+            notes = [f"not finished: {left} windows of the command are left"] * bool(left)
+            write(document(asked.name, found, notes))
 
 
 if __name__ == "__main__":
