@@ -57,7 +57,7 @@ class Recorder:
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
         """Take a graph."""
-        found = plan(gm, example_inputs, self.options.min_length)
+        found = plan(gm, example_inputs, self.options.min_length, self.options.compensation)
         if not found.sites or standing_reason(example_inputs, self.options):
             return gm.forward
         named = [(name, example_inputs[n]) for n, name in weight_names(gm, example_inputs).items()]

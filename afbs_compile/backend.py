@@ -51,7 +51,7 @@ def afbs(
     """
     logs.configure()
     wishes = parse(options, mode)
-    found = plan(gm, example_inputs, wishes.min_length)
+    found = plan(gm, example_inputs, wishes.min_length, wishes.compensation)
     reason = standing_reason(example_inputs, wishes)
     if reason:
         found = Plan([], found.refused | {s.name: reason for s in found.sites}, [])
@@ -93,8 +93,9 @@ def sparse(
         return inductor(gm, example_inputs, options)
     policy = runner.tensor(None)
     rewritten = rewrite(
-        gm, runner.sites, policy, selector=options.selector, min_length=options.min_length
-    )
+        gm, runner.sites, policy, selector=options.selector, min_length=options.min_length,
+        compensation=options.compensation,
+    )  # fmt: skip
     LOGGER.info("%d of %d sites rewritten", len(runner.sites), len(found.sites))
     runner.compiled = inductor(rewritten, [*example_inputs, policy], options)
     return runner

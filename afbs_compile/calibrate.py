@@ -117,7 +117,7 @@ class Bound:
         limits = Limits(options.max_kl, options.max_ppl_increase)
         judge = Judge(
             problem.gm, problem.inputs[-1:], problem.sites, selector=options.selector,
-            perplexity=limits.perplexity_increase is not None,
+            compensation=options.compensation, perplexity=limits.perplexity_increase is not None,
         )  # fmt: skip
         return cls(judge, limits, {site.name: site for site in problem.sites}, speeds)
 

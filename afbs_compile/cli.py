@@ -13,7 +13,14 @@ from pathlib import Path
 from afbs_compile import logs
 from afbs_compile.commands.errors import CommandError
 from afbs_compile.commands.tuner_options import add_tuner_options
-from afbs_compile.options import EVALUATORS, EXECUTORS, FIDELITIES, SELECTORS, STRATEGIES
+from afbs_compile.options import (
+    COMPENSATIONS,
+    EVALUATORS,
+    EXECUTORS,
+    FIDELITIES,
+    SELECTORS,
+    STRATEGIES,
+)
 from afbs_compile.policy import PolicyError
 from afbs_compile.versions import version
 
@@ -86,6 +93,7 @@ def add_tuning(command: argparse.ArgumentParser) -> None:
     command.add_argument("--evaluator", choices=EVALUATORS)
     command.add_argument("--fidelity", choices=FIDELITIES)
     command.add_argument("--selector", choices=SELECTORS)
+    command.add_argument("--compensation", choices=COMPENSATIONS)
     command.add_argument("--min-length", type=int, help="shorter calls stay dense, in tokens")
     command.add_argument(
         "--tuning-budget-s",

@@ -75,6 +75,7 @@ class Judge:
         sites: Sequence[Site],
         *,
         selector: str,
+        compensation: str = "none",
         perplexity: bool,
     ) -> None:
         """Run the graph dense on all inputs and keep what the comparison needs.
@@ -84,13 +85,14 @@ class Judge:
             inputs: Real inputs, one sequence a run.
             sites: The sites that a policy makes sparse.
             selector: The block selector of every site.
+            compensation: What stands for a block that is left out.
             perplexity: Whether the inputs hold the tokens that the outputs predict.
 
         Raises:
             Unmeasurable: No output looks like logits, or no input like their tokens.
         """
         self.gm, self.inputs, self.sites = gm, inputs, list(sites)
-        self.selector = selector
+        self.rule = {"selector": selector, "compensation": compensation}
         with torch.no_grad():
             self.dense = [reading(gm(*private(gm, args)), args, perplexity) for args in inputs]
 
@@ -101,7 +103,7 @@ class Judge:
         found = []
         for args, dense in zip(self.inputs, self.dense, strict=True):
             policy = tensor.to(dense.logits.device)
-            sparse = rewrite(self.gm, self.sites, policy, selector=self.selector, min_length=0)
+            sparse = rewrite(self.gm, self.sites, policy, min_length=0, **self.rule)
             found.append(compare(dense, logits_of(sparse(*private(self.gm, args), policy))))
         increases = [d.perplexity_increase for d in found if d.perplexity_increase is not None]
         return Damage(max(d.kl for d in found), max(increases, default=None))

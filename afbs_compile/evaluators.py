@@ -142,6 +142,7 @@ def profiled(
     heads: int,
     low: Fidelity | None = None,
     lambdas: tuple[float, ...] = OFF,
+    compensation: str = "none",
 ) -> ProfileEvaluator:
     """Profile a layer: all query blocks, or `MOST_ROWS` spread evenly if there are more."""
     block_m, block_n = dispatch.block_sizes(layer.q.device.type)
@@ -156,13 +157,13 @@ def profiled(
             profile(
                 layer.q[:, :, :size_q], layer.k[:, :, :size_k], layer.v[:, :, :size_k], policy,
                 mask=layer.mask, scale=layer.scale, selector=selector,
-                block_m=block_m, block_n=block_n, lambdas=lambdas,
+                block_m=block_m, block_n=block_n, lambdas=lambdas, compensation=compensation,
             )
         )  # fmt: skip
     whole = profile(
         layer.q, layer.k, layer.v, policy, mask=layer.mask, scale=layer.scale,
         selector=selector, block_m=block_m, block_n=block_n, rows=chosen,
-        lambdas=lambdas,
+        lambdas=lambdas, compensation=compensation,
     )  # fmt: skip
     return ProfileEvaluator(as_numpy(whole), prefix, blocks, lambdas)
 
@@ -181,6 +182,7 @@ class DirectEvaluator:
     site: str
     heads: int
     selector: str
+    compensation: str = "none"
     lambdas: tuple[float, ...] = OFF  # how much lambda saves is not counted by the op
 
     def __call__(self, u: Floats, fidelity: Fidelity, level: Ints | None = None) -> Measured:
@@ -204,7 +206,7 @@ class DirectEvaluator:
         """The op on a part of the layer."""
         return dispatch.attention(
             part.q, part.k, part.v, policy, mask=part.mask, scale=part.scale,
-            selector=self.selector,
+            selector=self.selector, compensation=self.compensation,
         )  # fmt: skip
 
     def count(self, part: Layer, policy: Tensor) -> tuple[Tensor, float]:

@@ -12,6 +12,7 @@ import torch
 
 from afbs_compile.capture import Layer, Stream
 from afbs_compile.evaluators import DirectEvaluator
+from afbs_compile.options import Options
 from afbs_compile.problem import Problem, cuda_devices, digests, untraced
 from afbs_compile.profiling import POLL_SECONDS, Clock, Walk, job, kind_of
 from afbs_compile.progress import OnProgress
@@ -29,7 +30,7 @@ from afbs_compile.tuner.objective import (
 )
 from afbs_compile.tuner.objective import measure as measure_at
 
-Measure = Callable[[Layer, str], Speed]
+Measure = Callable[[Layer, str, str], Speed]
 
 LOW: dict[str, Fidelity] = {
     "query-blocks": QueryBlocks(1 / 8),
@@ -80,6 +81,7 @@ def walk_of(
         digests(problem),
         store,
         problem.options.selector,
+        problem.options.compensation,
         LOW[problem.options.fidelity],
         clock,
         on_progress,
@@ -106,11 +108,12 @@ def direct(
     problem: Problem, streams: Sequence[Stream], store: Store, clock: Clock
 ) -> list[dict[str, Evaluator]]:
     """For every set of inputs, evaluators that run the kernel and remember what they measured."""
-    budget, selector = Budget(clock), problem.options.selector
+    budget = Budget(clock)
+    rule = problem.options.selector, problem.options.compensation
     return [
         {
             site.name: Remembered(
-                DirectEvaluator(stream, site.name, site.heads, selector),
+                DirectEvaluator(stream, site.name, site.heads, *rule),
                 store,
                 job(site, digest),
                 budget,
@@ -131,16 +134,20 @@ def speeds(
     known: dict[str, Speed] = {}
     for name, kind in kinds.items():
         if kind not in known:
-            timed = partial(time_layer, stream, name, problem.options.selector, measure)
+            timed = partial(time_layer, stream, name, problem.options, measure)
             while (found := store.once({"speed": kind}, timed)) is None:
                 time.sleep(POLL_SECONDS)
             known[kind] = Speed(**found[0])
     return {name: known[kind] for name, kind in kinds.items()}
 
 
-def time_layer(stream: Stream, name: str, selector: str, measure: Measure) -> tuple[About, Arrays]:
+def time_layer(
+    stream: Stream, name: str, options: Options, measure: Measure
+) -> tuple[About, Arrays]:
     """Time the layer of a site."""
-    return dataclasses.asdict(measure(stream.layer(name), selector)), {}
+    return dataclasses.asdict(
+        measure(stream.layer(name), options.selector, options.compensation)
+    ), {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ EVALUATORS = ("profile", "direct")
 FIDELITIES = ("query-blocks", "sequence-length")
 SELECTORS = ("sub8", "sub4", "mean")
 EXECUTORS = ("local", "torchrun", "ray")
+COMPENSATIONS = ("none", "tangent")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -46,6 +47,7 @@ class Options:
         evaluator: How a candidate is measured, one of `EVALUATORS`.
         fidelity: What a cheap evaluation looks at, one of `FIDELITIES`.
         selector: How block scores are made, one of `SELECTORS`.
+        compensation: What stands for a block that is left out, one of `COMPENSATIONS`.
         min_length: Calls with fewer query tokens stay dense.
         tuning_budget_s: Seconds after which the first call stops measuring and leaves the rest
             dense until a later start; None measures everything.
@@ -62,6 +64,7 @@ class Options:
     evaluator: str = "profile"
     fidelity: str = "query-blocks"
     selector: str = "sub8"
+    compensation: str = "none"
     min_length: int = 2048
     tuning_budget_s: float | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
@@ -110,6 +113,7 @@ class Options:
             "evaluator": self.evaluator,
             "fidelity": self.fidelity,
             "selector": self.selector,
+            "compensation": self.compensation,
         }
 
 
@@ -239,6 +243,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "evaluator": one_of(EVALUATORS),
     "fidelity": one_of(FIDELITIES),
     "selector": one_of(SELECTORS),
+    "compensation": one_of(COMPENSATIONS),
     "min_length": positive,
     "tuning_budget_s": seconds_or_none,
 }

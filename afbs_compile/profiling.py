@@ -56,6 +56,7 @@ class Walk:
         inputs: Their digests.
         store: Where jobs are kept.
         selector: How block scores are made.
+        compensation: What stands for a block that is left out.
         low: The cheap fidelity of the search.
         clock: When to end.
         on_progress: Told about every site.
@@ -70,6 +71,7 @@ class Walk:
     inputs: Sequence[str]
     store: Store
     selector: str
+    compensation: str
     low: Fidelity
     clock: Clock
     on_progress: OnProgress
@@ -125,7 +127,10 @@ class Walk:
     def measure(self, site: Site, n: int) -> tuple[About, Arrays]:
         """Profile a site on one input."""
         layer = self.streams[n].layer(site.name)
-        evaluator = profiled(layer, selector=self.selector, heads=site.heads, low=self.low)
+        evaluator = profiled(
+            layer, selector=self.selector, heads=site.heads, low=self.low,
+            compensation=self.compensation,
+        )  # fmt: skip
         self.measured += 1
         values, arrays = to_arrays(evaluator)
         return values | {"kind": kind_of(layer)}, arrays

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from afbs_compile.kernels import compensation as tangents
 from afbs_compile.kernels import flex, selection
 from afbs_compile.kernels.fused import fused
 from afbs_compile.kernels.geometry import Mask, token_visible
@@ -51,6 +52,7 @@ def attention(
     scale: float,
     selector: str,
     min_length: int = 0,
+    compensation: str = "none",
 ) -> Tensor:
     """Select blocks, then attend over them.
 
@@ -63,21 +65,50 @@ def attention(
         scale: Multiplier on q·k.
         selector: `sub8`, `sub4` or `mean`.
         min_length: Below this many queries the call is dense.
+        compensation: What stands for a dropped block: `none` or `tangent`.
 
     Returns:
         `o` `[B, Hq, Lq, D]` in q's dtype.
+
+    Raises:
+        ValueError: For an unknown selector or compensation.
     """
+    tangent = tangents.known(compensation) == "tangent"
     if q.shape[2] < min_length:
         return dense(q, k, v, mask=mask, scale=scale)
     if q.device.type == "cuda":
-        return select_and_attend(q, k, v, policy, mask=mask, scale=scale, selector=selector)[0]
+        o, lse, counts, indices = select_and_attend(
+            q, k, v, policy, mask=mask, scale=scale, selector=selector
+        )
+        return compensated(o, lse, q, k, v, counts, indices, policy, mask, scale) if tangent else o
+    return on_cpu(q, k, v, policy, mask, scale, selector, tangent)
+
+
+def on_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor,
+    mask: Mask,
+    scale: float,
+    selector: str,
+    tangent: bool,
+) -> Tensor:
+    """`attention` without a GPU."""
     block_m, block_n = block_sizes(q.device.type)
-    blocks = {"block_m": block_m, "block_n": block_n}
-    counts, indices = selection.select(
-        q, k, policy, mask=mask, scale=scale, selector=selector,
-        core=fused_scores(q, k, selector), **blocks,
+    lists = selection.select(
+        q, k, policy, mask=mask, scale=scale, selector=selector, block_m=block_m, block_n=block_n,
+        core=fused_scores(q, k, selector),
     )  # fmt: skip
-    return flex.forward(q, k, v, counts, indices, policy, mask=mask, scale=scale, **blocks)
+    beside = None
+    if tangent:
+        beside = tangents.attend(
+            q, k, v, *lists, policy, mask=mask, scale=scale, block_m=block_m, block_n=block_n
+        )
+    return flex.forward(
+        q, k, v, *lists, policy,
+        mask=mask, scale=scale, block_m=block_m, block_n=block_n, beside=beside,
+    )  # fmt: skip
 
 
 def select_and_attend(
@@ -100,6 +131,33 @@ def select_and_attend(
         q, k, v, counts, indices, policy, mask=mask, scale=scale, counter=counter, **blocks
     )
     return o, lse, counts, indices
+
+
+def compensated(
+    o: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    policy: Tensor,
+    mask: Mask,
+    scale: float,
+) -> Tensor:
+    """What `select_and_attend` returns, with the tangents of the dropped blocks taken in."""
+    from afbs_compile.kernels import triton_compensation
+
+    block_m, block_n = block_sizes(q.device.type)
+    return triton_compensation.compensate(
+        o, lse, q, k, v, counts, indices, policy,
+        mask=mask, scale=scale, block_m=block_m, block_n=block_n,
+    )[0]  # fmt: skip
+
+
+def no_compensated_backward(compensation: str) -> str | None:
+    """Why calls with a compensation cannot be differentiated, or None if they can."""
+    return None if compensation == "none" else f"no backward with compensation {compensation!r}"
 
 
 def no_backward(device_type: str) -> str | None:

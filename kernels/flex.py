@@ -4,7 +4,13 @@ FlexAttention skips unlisted blocks when compiled, on a CPU too (2.8x over dense
 a third of the blocks kept at 4096 tokens). Blocks in which every pair is visible go into its
 `full` lists, where no mask is evaluated. Offset, windows and sinks are captured tensors and the
 lengths are symbolic, so one compilation serves every length.
+
+On a CPU FlexAttention gives no lse. To take in attention over other columns all the same (those of
+`kernels.compensation`), each row gets one key more, whose logit is the lse of those columns and
+whose value is 0; a value column of its own tells the weight that the key was given.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -15,6 +21,8 @@ from afbs_compile.kernels.geometry import Blocks, Mask, head_full, window_column
 from afbs_compile.kernels.lists import from_keep, to_keep
 
 UNLIMITED = 1 << 30
+PARTS = {torch.float32: 1, torch.float16: 3, torch.bfloat16: 3}  # numbers that hold an fp32 one
+MORE = 16  # columns that make room for them: odd head dims are slower
 
 
 def forward(
@@ -29,8 +37,13 @@ def forward(
     scale: float,
     block_m: int,
     block_n: int,
+    beside: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention over block lists; arguments as in `kernels.reference.forward`.
+
+    `beside` is the output `[B, Hq, Lq, D]` and the lse `[B, Hq, Lq]`, both fp32, of attention over
+    other keys that stand in the same softmax; a query block has either no such rows (lse −inf) or
+    no others.
 
     Returns:
         `o` `[B, Hq, Lq, D]` in q's dtype.
@@ -40,12 +53,52 @@ def forward(
     # a short last key block is partial: FlexAttention reads whole blocks
     whole = kb.last - kb.first + 1 == block_n
     full = head_full(mask, policy, qb, kb) & whole
-    lists = (*from_keep(keep & ~full), *from_keep(keep & full))
+    partial, full = keep & ~full, keep & full
     q, k, v = q.detach(), k.detach(), v.detach()  # FlexAttention looks at requires_grad alone
     batch, heads, _, dim = q.shape
-    run = fused(attend, (min(batch, 2), heads, k.shape[1], dim, q.dtype, block_m, block_n))
-    out: Tensor = run(q, k, v, *lists, *limits(policy, mask), block_m, block_n, scale)
-    return out
+    ends = None
+    if beside is not None:
+        partial = torch.cat([partial, has_key(beside[1], block_m)], -1)
+        full = torch.nn.functional.pad(full, (0, 1))
+        ends = torch.tensor([k.shape[2], len(kb) * block_n])
+        q, k, v, scale = with_key(q, k, v, beside[1], scale, block_n)
+    kind = (min(batch, 2), heads, k.shape[1], dim, q.dtype, block_m, block_n, ends is None)
+    out: Tensor = fused(attend, kind)(
+        q, k, v, *from_keep(partial), *from_keep(full), *limits(policy, mask),
+        block_m, block_n, scale, ends,
+    )  # fmt: skip
+    if beside is None:
+        return out
+    return (out[..., :dim] + out[..., dim : dim + 1] * beside[0]).to(q.dtype)
+
+
+def has_key(lse: Tensor, block_m: int) -> Tensor:
+    """Bool `[B, H, NQ, 1]`: has the query block anything beside the lists?"""
+    rows = torch.nn.functional.pad(lse, (0, -lse.shape[2] % block_m), value=-math.inf)
+    return torch.unflatten(rows != -math.inf, 2, (-1, block_m)).any(-1, keepdim=True)
+
+
+def with_key(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, block_n: int
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """The call with a block of one key more, whose logit is `lse`: `(q, k, v, scale)`.
+
+    Its value is 1 in the first of the columns that v gets more, where those of others are 0. The
+    logit travels in columns of q that only this key reads, as a sum of numbers of q's dtype: a
+    `score_mod` would have to capture a tensor of symbolic size, which Inductor gets wrong.
+    """
+    if scale == 0:
+        q, scale = torch.zeros_like(q), 1.0
+    rest, parts = lse.masked_fill(lse == -math.inf, 0)[..., None] / scale, []
+    room = q.new_zeros(*q.shape[:3], MORE - PARTS[q.dtype])
+    for _ in range(PARTS[q.dtype]):
+        parts.append(rest.to(q.dtype))
+        rest = rest - parts[-1].float()
+    more = (0, MORE, 0, -k.shape[2] % block_n + 1)
+    k, v = torch.nn.functional.pad(k, more), torch.nn.functional.pad(v, more)
+    k[:, :, -1, q.shape[3] : q.shape[3] + len(parts)] = 1
+    v[:, :, -1, q.shape[3]] = 1
+    return torch.cat([q, *parts, room], -1), k, v, scale
 
 
 def limits(policy: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -75,12 +128,17 @@ def attend(
     block_m: int,
     block_n: int,
     scale: float,
+    ends: Tensor | None = None,
 ) -> Tensor:
-    """The function that is compiled: FlexAttention over partial and full lists."""
+    """The function that is compiled: FlexAttention over partial and full lists.
+
+    `ends` is the number of keys and the position of the key of `with_key`, if there is one.
+    """
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         site = (j <= i + high[h]) & (j > i + low[h])
-        return site & ((j > i + near[h]) | (j < sink[h]))
+        seen = site & ((j > i + near[h]) | (j < sink[h]))
+        return seen if ends is None else seen & (j < ends[0]) | (j >= ends[1])
 
     block_mask = BlockMask.from_kv_blocks(
         partial_counts,

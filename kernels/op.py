@@ -18,7 +18,7 @@ from afbs_compile.kernels.geometry import Mask
 LIBRARY: Any = torch.library.Library("afbs", "DEF")  # type: ignore[no-untyped-call]
 LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor policy, bool causal, SymInt offset, "
-    "int window, float scale, str selector, int min_length) -> Tensor",
+    "int window, float scale, str selector, int min_length, str compensation='none') -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -34,11 +34,12 @@ def attention(
     scale: float,
     selector: str,
     min_length: int,
+    compensation: str = "none",
 ) -> Tensor:
     """Real implementation; arguments as in `kernels.dispatch.attention`."""
     out = dispatch.attention(
         q, k, v, policy, mask=Mask(causal, offset, window),
-        scale=scale, selector=selector, min_length=min_length,
+        scale=scale, selector=selector, min_length=min_length, compensation=compensation,
     )  # fmt: skip
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -72,20 +73,23 @@ def attention_autograd(
     scale: float,
     selector: str,
     min_length: int,
+    compensation: str = "none",
 ) -> Tensor:
     """Run what needs no gradient below autograd, everything else through the training op.
 
     Raises:
-        RuntimeError: An input needs a gradient on a device without a backward.
+        RuntimeError: An input needs a gradient on a device, or with a compensation, without a
+            backward.
     """
     site = causal, offset, window, scale, selector
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
         with torch._C._AutoDispatchBelowAutograd(), torch.no_grad():
-            return cast(Tensor, torch.ops.afbs.attention(q, k, v, policy, *site, min_length))
+            run = torch.ops.afbs.attention
+            return cast(Tensor, run(q, k, v, policy, *site, min_length, compensation))
     if q.shape[2] < min_length:
         out = dispatch.dense(q, k, v, mask=Mask(causal, offset, window), scale=scale)
         return out.transpose(1, 2).contiguous().transpose(1, 2)
-    reason = dispatch.no_backward(q.device.type)
+    reason = dispatch.no_backward(q.device.type) or dispatch.no_compensated_backward(compensation)
     if reason is not None:
         raise RuntimeError(
             f"afbs::attention has {reason}: call it under torch.no_grad() or "

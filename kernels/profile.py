@@ -8,6 +8,9 @@ blocks. One pass costs a few dense ones and replaces every further evaluation of
 A lambda level leaves a kept block out of the sums too if no row's largest score in it comes within
 lambda of the row's largest score of all. A kernel compares with the largest score *so far* and
 leaves out fewer: it errs less than its profile, and saves less.
+
+With compensation the tangents of blocks that are not kept stand in the same sums; what lambda
+leaves out is kept, and has none.
 """
 
 import math
@@ -17,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels.geometry import Blocks, Mask, head_visible, token_visible
+from afbs_compile.kernels.compensation import contributions, known
+from afbs_compile.kernels.geometry import Blocks, Mask, head_full, head_visible, token_visible
 from afbs_compile.kernels.scores import block_scores
 from afbs_compile.kernels.selection import forced_blocks
 
@@ -62,6 +66,7 @@ def profile(
     block_n: int,
     rows: Tensor | None = None,
     lambdas: Sequence[float] = OFF,
+    compensation: str = "none",
 ) -> Profile:
     """Profile one attention call; every head is taken as sparse.
 
@@ -77,7 +82,9 @@ def profile(
         block_n: Key block, tokens.
         rows: Query blocks to look at; all by default.
         lambdas: Levels in log2 units; −inf leaves nothing out.
+        compensation: What stands for a dropped block: `none` or `tangent`.
     """
+    tangent = known(compensation) == "tangent"
     scores, gated = block_scores(
         q, k, policy, mask=mask, scale=scale, selector=selector, block_m=block_m, block_n=block_n
     )
@@ -93,7 +100,7 @@ def profile(
         i = torch.arange(row * block_m, min((row + 1) * block_m, q.shape[2]), device=q.device)
         found.append(
             row_errors(q[:, :, i], i, kf, vf, k.shape[2], order[:, :, r], policy, lambdas,
-                       mask=mask, scale=scale, block_n=block_n)
+                       mask=mask, scale=scale, block_n=block_n, tangent=tangent)
         )  # fmt: skip
     error, computed, norm = (torch.stack(parts, -2) for parts in zip(*found, strict=True))
     kept = forced[:, :, rows].sum(-1, dtype=torch.int32)
@@ -132,6 +139,7 @@ def row_errors(
     mask: Mask,
     scale: float,
     block_n: int,
+    tangent: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tables of one query block by blocks kept.
 
@@ -145,16 +153,23 @@ def row_errors(
         reach = max(1, min(blocks, (int(i[-1]) + mask.offset) // block_n + 1))
     j = torch.arange(reach * block_n, device=q.device)
     seen = token_visible(mask, policy, i, j) & (j < length_k)
-    weight, pv, gain = partials(q, k[:, :, : len(j)], v[:, :, : len(j)], seen, scale, block_n)
+    k, v = k[:, :, : len(j)], v[:, :, : len(j)]
+    weight, pv, gain, top = partials(q, k, v, seen, scale, block_n)
     # row n of `kept` sums the n + 1 blocks that rank first: a product is faster than a cumsum
     rank = torch.argsort(order, dim=-1)[..., None, :reach]
     kept = rank <= torch.arange(reach, device=q.device)[:, None]
     exact = pv.sum(2, keepdim=True).div_(weight.sum(2)[:, :, None, :, None].clamp(min=LEAST))
     norm = exact.abs().sum((2, 3, 4))[..., None]
+    if tangent:  # those of dropped blocks, as blocks of their own after the kept ones
+        kb = Blocks.of(length_k, block_n, q.device)
+        whole = head_full(mask, policy, Blocks(i[:1], i[-1:]), kb)[:, 0, :reach]
+        own = contributions(q, k, v, whole, top, length_k, scale, block_n)
+        weight, pv = (torch.cat(pair, 2) for pair in zip((weight, pv), own, strict=True))
     errors, computed = [], []
     for level in lambdas:
         live = kept if level == -math.inf else kept & (gain >= level)[:, :, None]
-        error = distances(live.to(pv.dtype), weight, pv, exact)
+        summed = torch.cat([live, ~kept], -1) if tangent else live
+        error = distances(summed.to(pv.dtype), weight, pv, exact)
         errors.append(fill(torch.cat([norm, error], -1), blocks))
         computed.append(fill(live.sum(-1, dtype=torch.int32), blocks, first=True))
     return torch.stack(errors), torch.stack(computed), norm
@@ -162,31 +177,33 @@ def row_errors(
 
 def partials(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, block_n: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What every key block contributes to the rows of one query block, in plain fp32.
 
     Returns:
         Weight `[B, H, J, M]` and weighted values `[B, H, J, M, D]`, relative to each row's largest
-        score; and by how much a block comes closest to it, log2 units ≤ 0 `[B, H, J]`.
+        score; by how much a block comes closest to it, log2 units ≤ 0 `[B, H, J]`; and that
+        score `[B, H, M]`.
     """
     batch, heads, m, dim = q.shape
     kv_heads, reach = k.shape[1], k.shape[2] // block_n
     grouped = q.float().reshape(batch, kv_heads, -1, dim)
     s = (grouped @ k.transpose(-1, -2)).view(batch, heads, m, -1)
     s = (s * scale).masked_fill_(~seen, -torch.inf)
-    s = s.sub_(s.amax(-1, keepdim=True).clamp(min=-1 / LEAST))
+    top = s.amax(-1, keepdim=True).clamp(min=-1 / LEAST)
+    s = s.sub_(top)
     s = s.view(batch, heads, m, reach, block_n).transpose(2, 3)
     gain = s.amax((3, 4)) * math.log2(math.e)
     p = s.exp_()
     values = v.view(batch, kv_heads, reach, block_n, dim)
     pv = p.reshape(batch, kv_heads, -1, reach, m, block_n) @ values[:, :, None]
-    return p.sum(-1), pv.view(batch, heads, reach, m, dim), gain
+    return p.sum(-1), pv.view(batch, heads, reach, m, dim), gain, top[..., 0]
 
 
 def distances(kept: Tensor, weight: Tensor, pv: Tensor, exact: Tensor) -> Tensor:
     """Σ|o − o*| `[B, H, N]` with the blocks of every row of `kept` `[B, H, N, J]`."""
     weight = kept @ weight
-    out = (kept @ pv.flatten(3)).view(pv.shape)
+    out = torch.unflatten(kept @ pv.flatten(3), 3, pv.shape[3:])
     return out.div_(weight.clamp_(min=LEAST)[..., None]).sub_(exact).abs_().sum((3, 4))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import SymInt
 from torch.fx import Graph, Node
 
-from afbs_compile.kernels.dispatch import no_backward, unsupported
+from afbs_compile.kernels.dispatch import no_backward, no_compensated_backward, unsupported
 from afbs_compile.passes.sites import Call, recorded, value
 
 ENTER = {"_vmap_increment_nesting": "vmap", "_enter_autocast": "autocast"}
@@ -34,7 +34,9 @@ def contexts(graph: Graph) -> dict[Node, str]:
     return inside
 
 
-def refusal(call: Call, region: str | None, min_length: int) -> str | None:
+def refusal(
+    call: Call, region: str | None, min_length: int, compensation: str = "none"
+) -> str | None:
     """Why this call must stay dense, or None if nothing in the graph speaks against it."""
     if region:
         return f"inside {region}"
@@ -47,7 +49,7 @@ def refusal(call: Call, region: str | None, min_length: int) -> str | None:
     return (
         shape_refusal(call, tensors)
         or dtype_refusal(tensors)
-        or gradient_refusal(tensors)
+        or gradient_refusal(tensors, compensation)
         or length_refusal(tensors[0].shape[2], min_length)
         or mask_refusal(call)
     )
@@ -77,10 +79,10 @@ def dtype_refusal(tensors: Iterable[torch.Tensor]) -> str | None:
     return unsupported(device, dtype, dim)
 
 
-def gradient_refusal(tensors: Iterable[torch.Tensor]) -> str | None:
-    """Gradients on a device without a backward; the tensors lie on one device."""
+def gradient_refusal(tensors: Iterable[torch.Tensor], compensation: str = "none") -> str | None:
+    """Gradients where there is no backward; the tensors lie on one device."""
     tensors = list(tensors)
-    reason = no_backward(tensors[0].device.type)
+    reason = no_backward(tensors[0].device.type) or no_compensated_backward(compensation)
     if reason and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return f"needs gradients: {reason} (run under torch.no_grad or torch.inference_mode)"
     return None

@@ -45,13 +45,19 @@ class Plan:
     rules: list[MaskRule]
 
 
-def plan(gm: GraphModule, example_inputs: Sequence[object], min_length: int) -> Plan:
+def plan(
+    gm: GraphModule,
+    example_inputs: Sequence[object],
+    min_length: int,
+    compensation: str = "none",
+) -> Plan:
     """Plan the rewriting of a Dynamo graph; never raises for a call it cannot take.
 
     Args:
         gm: The graph; not changed.
         example_inputs: Its real inputs, `SymInt` for symbolic sizes.
         min_length: Calls with fewer queries stay dense.
+        compensation: What will stand for blocks that are left out.
     """
     regions = guard.contexts(gm.graph)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -59,7 +65,7 @@ def plan(gm: GraphModule, example_inputs: Sequence[object], min_length: int) -> 
     result = Plan([], {}, [])
     recognised: dict[Node, MaskRule | str] = {}
     for call in find(gm):
-        reason = guard.refusal(call, regions.get(call.node), min_length)
+        reason = guard.refusal(call, regions.get(call.node), min_length, compensation)
         rule = None if reason else rule_of(gm, call, inputs, recognised)
         if reason or isinstance(rule, str):
             result.refused[call.name] = reason or str(rule)

@@ -49,7 +49,13 @@ class Site:
 
 
 def rewrite(
-    gm: GraphModule, sites: list[Site], policy: Tensor, *, selector: str, min_length: int
+    gm: GraphModule,
+    sites: list[Site],
+    policy: Tensor,
+    *,
+    selector: str,
+    min_length: int,
+    compensation: str = "none",
 ) -> GraphModule:
     """A copy of `gm` with `sites` rewritten; `policy` becomes its last input.
 
@@ -59,6 +65,7 @@ def rewrite(
         policy: `[len(sites), Hmax, COLUMNS]`.
         selector: The block selector of every site.
         min_length: Calls with fewer queries run dense inside the op.
+        compensation: What stands for a block that is left out, at every site.
     """
     result, copies = copy(gm)
     last = [n for n in result.graph.nodes if n.op == "placeholder"][-1]
@@ -67,7 +74,7 @@ def rewrite(
     source.meta["example_value"] = policy
     source._dynamo_source = None  # AOTAutograd: not from user code
     for row, site in enumerate(sites):
-        replace(result.graph, site, copies, source, row, selector, min_length)
+        replace(result.graph, site, copies, source, row, selector, min_length, compensation)
     # masks and repeated heads that nobody reads any more go in Inductor, which knows what is pure;
     # fx's own elimination would take in-place calls without users with them
     result.graph.lint()
@@ -98,6 +105,7 @@ def replace(
     row: int,
     selector: str,
     min_length: int,
+    compensation: str,
 ) -> None:
     """Put one op in the place of one SDPA node."""
     node, query = copies[site.call.node], copies[site.call.query]
@@ -114,7 +122,7 @@ def replace(
         new = graph.call_function(
             torch.ops.afbs.attention.default,
             (query, key, val, own, site.mask.causal, offset, site.mask.window,
-             scale, selector, min_length),
+             scale, selector, min_length, compensation),
         )  # fmt: skip
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)

@@ -15,6 +15,7 @@ NAMES = (
     "evaluator",
     "fidelity",
     "selector",
+    "compensation",
     "min_length",
     "tuning_budget_s",
     "cache_dir",

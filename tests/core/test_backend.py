@@ -91,7 +91,7 @@ def no_inductor(monkeypatch, request):
 def sparse_is_faster(monkeypatch):
     """Small problems are not worth their selection; say that they are."""
     speed = Speed(dense=1.0, fixed=0.0, per_density=0.5)
-    monkeypatch.setattr(calibrate, "measure", lambda layer, selector: speed)
+    monkeypatch.setattr(calibrate, "measure", lambda *_: speed)
 
 
 ALIVE = []  # a compiled model takes its graphs with it
@@ -164,6 +164,43 @@ def inputs_of(runner, model, x):
     weights = dict(model.named_parameters())
     count = len([n for n in runner.gm.graph.nodes if n.op == "placeholder"])
     return [weights[runner.names[n]] if n in runner.names else x for n in range(count)]
+
+
+def test_compensation_is_tuned_and_run():
+    """It keeps the promise with fewer blocks, and has a tuning of its own."""
+    model, x = Model(), tokens()
+    densities = {}
+    for name in ("none", "tangent"):
+        out = run(model, x, compensation=name, max_error=0.2)
+        assert afbs_compile.explain().calibration.cache == "miss"
+        assert 0 < relative(out, eager(model, x)) < 0.3
+        (runner,) = [r for r in RUNNERS if r.policies]
+        (tuning,) = [t for t in stored().tunings if t.options["compensation"] == name]
+        args = [p if isinstance(p, nn.Parameter) else x for p in inputs_of(runner, model, x)]
+        stream = Stream(runner.gm, args, runner.sites)
+        sparse = []
+        for site in runner.sites:
+            heads = tuning.sites[site.name].heads
+            direct = DirectEvaluator(stream, site.name, site.heads, "sub8", name)
+            found = direct(u_of_tau([min(h.tau, 0.9999) for h in heads]), FULL)
+            sparse += [(e, h) for e, h in zip(found.error, heads, strict=True)
+                       if h.mode == "sparse"]  # fmt: skip
+        assert all(e == pytest.approx(h.error, rel=1e-2, abs=1e-5) for e, h in sparse)
+        assert max(e for e, _ in sparse) <= 0.2
+        densities[name] = [h.density for s in tuning.sites.values() for h in s.heads]
+        RUNNERS.clear()
+        torch._dynamo.reset()
+    assert sum(densities["tangent"]) < sum(densities["none"])
+
+
+def test_training_with_compensation_is_left_dense(monkeypatch):
+    monkeypatch.setattr(guard, "no_backward", lambda device_type: None)
+    model, x = Model(), tokens()
+    compiled = torch.compile(model, backend="afbs", options=OPTIONS | {"compensation": "tangent"})
+    ALIVE.append(compiled)
+    torch.testing.assert_close(compiled(x), model(x))
+    reason = "needs gradients: no backward with compensation 'tangent'"
+    assert [r for r in afbs_compile.explain().reasons if r.startswith(reason)]
 
 
 def test_max_error_zero_is_dense():
@@ -248,7 +285,7 @@ def test_models_of_one_class_have_their_own_policies():
 
 def test_sites_that_gain_nothing_stay_dense(monkeypatch):
     slow = Speed(dense=1.0, fixed=0.9, per_density=0.5)
-    monkeypatch.setattr(calibrate, "measure", lambda layer, selector: slow)
+    monkeypatch.setattr(calibrate, "measure", lambda *_: slow)
     model, x = Model(), tokens()
     assert torch.equal(run(model, x), eager(model, x))
     assert all("not faster" in reason for reason in afbs_compile.explain().reasons)

@@ -146,7 +146,7 @@ def test_share_says_whether_all_limits_hold(kl, increase, seen_kl, seen_increase
 
 @pytest.mark.parametrize("limit", [{"max_kl": 1e-3}, {"max_ppl_increase": 3e-3}])
 def test_tuning_keeps_the_limit_on_the_input_that_is_held_out(tmp_path, monkeypatch, limit):
-    monkeypatch.setattr(calibrate, "measure", lambda layer, selector: Speed(1.0, 0.0, 0.5))
+    monkeypatch.setattr(calibrate, "measure", lambda *layer: Speed(1.0, 0.0, 0.5))
     torch.manual_seed(0)
     model = Model().eval()
     seen, unseen = (torch.randint(0, VOCABULARY, (1, 2048)) for _ in range(2))
@@ -165,7 +165,7 @@ def test_tuning_keeps_the_limit_on_the_input_that_is_held_out(tmp_path, monkeypa
 
 
 def test_a_limit_that_nothing_can_keep_leaves_all_dense(tmp_path, monkeypatch):
-    monkeypatch.setattr(calibrate, "measure", lambda layer, selector: Speed(1.0, 0.0, 0.5))
+    monkeypatch.setattr(calibrate, "measure", lambda *layer: Speed(1.0, 0.0, 0.5))
     torch.manual_seed(0)
     model, ids = Model().eval(), torch.randint(0, VOCABULARY, (1, 512))
     options = {"min_length": 512, "cache_dir": tmp_path, "max_kl": 1e-30}

@@ -58,7 +58,7 @@ def main(root, executor, fate):
     from afbs_compile.timing import Speed
 
     leases.TIMEOUT_S = 5.0
-    calibrate.measure = lambda layer, selector: Speed(1.0, 0.0, 0.5)
+    calibrate.measure = lambda *layer: Speed(1.0, 0.0, 0.5)
     log = root / f"{executor}.log"
     model = load(log, 0.0 if executor == "serial" else 1.0, "lives")
     noise = [torch.randn(1, 256, 64) for _ in range(2)]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from afbs_compile import options
+from afbs_compile.kernels import compensation, scores
 from afbs_compile.options import MEAN_ERROR_SHARE, Options, parse
 from afbs_compile.tuner import strategies
 
@@ -23,6 +24,11 @@ def test_every_option_of_ours_is_checked():
 
 def test_strategies_are_those_of_the_tuner():
     assert set(options.STRATEGIES) == set(strategies.STRATEGIES)
+
+
+def test_selectors_and_compensations_are_those_of_the_kernels():
+    assert options.SELECTORS == scores.SELECTORS
+    assert options.COMPENSATIONS == compensation.COMPENSATIONS
 
 
 def test_values_are_taken():
@@ -71,6 +77,7 @@ def test_max_error_out_of_range(value):
         ({"evaluator": "guess"}, "profile, direct"),
         ({"fidelity": 1}, "query-blocks, sequence-length"),
         ({"selector": "sub9"}, "did you mean 'sub8'"),
+        ({"compensation": "tangents"}, "did you mean 'tangent'"),
         ({"max_eror": 0.1}, "'max_eror' is unknown; did you mean 'max_error'.*min_length"),
         ({"max_autotun": True}, "did you mean 'max_autotune'"),
         ({"inductor": {}}, "'inductor' is unknown"),
@@ -101,6 +108,7 @@ def test_mean_error_defaults_to_a_share():
         ({"evaluator": "direct"}, False),
         ({"fidelity": "sequence-length"}, False),
         ({"selector": "mean"}, False),
+        ({"compensation": "tangent"}, False),
         ({"policy": Path("p")}, True),
         ({"cache_dir": Path("c")}, True),
         ({"min_length": 1}, True),

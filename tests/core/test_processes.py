@@ -14,7 +14,7 @@ from afbs_compile import calibrate
 from afbs_compile.policy import Policy
 from afbs_compile.timing import Speed
 
-calibrate.measure = lambda layer, selector: Speed(1.0, 0.0, 0.5)
+calibrate.measure = lambda *_: Speed(1.0, 0.0, 0.5)
 torch.manual_seed(0)
 heads = torch.nn.Linear(128, 3 * 128)
 heads.weight.data *= 3

@@ -1,13 +1,15 @@
 """Problems for the kernels' tests, drawn by shape and seed."""
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import strategies as st
 
-from afbs_compile.kernels.geometry import Mask
+from afbs_compile.kernels.geometry import Mask, token_visible
+from afbs_compile.kernels.lists import to_keep
 
 
 @dataclass(frozen=True)
@@ -86,3 +88,40 @@ def problems(draw, policy_tensor, longest=170, tau=None, one_kind=False):
 @pytest.fixture(name="problems", scope="session")
 def problems_strategy(policy_tensor):
     return functools.partial(problems, policy_tensor)
+
+
+def with_tangents(q, k, v, counts, indices, policy, *, mask, scale, block_m, block_n):
+    """Kept keys and the tangents of dropped blocks in one softmax, block by block: o and lse."""
+    q, k, v = (x.double() for x in (q, k, v))
+    group, keep = q.shape[1] // k.shape[1], to_keep(counts, indices)
+    o, lse = torch.zeros_like(q), torch.zeros_like(q[..., 0])
+    for b, h in itertools.product(*map(range, q.shape[:2])):
+        keys, values = k[b, h // group], v[b, h // group]
+        for n, i in enumerate(torch.arange(q.shape[2], device=q.device).split(block_m)):
+            rows, centre = q[b, h, i], q[b, h, i].mean(0)
+            logits, values_seen = [], []
+            for j in torch.arange(k.shape[2], device=q.device).split(block_n):
+                seen = token_visible(mask, policy[h : h + 1], i, j)[0]
+                if keep[b, h, n, j[0] // block_n]:
+                    s = (scale * rows @ keys[j].T).masked_fill(~seen, -torch.inf)
+                    logits.append(s)
+                    values_seen.append(values[j].masked_fill(~seen.any(0)[:, None], 0))
+                elif seen.all():
+                    s = scale * keys[j] @ centre
+                    p = s.softmax(0)
+                    mean_key = p @ keys[j]
+                    bias = s.logsumexp(0) - scale * centre @ mean_key
+                    logits.append((scale * rows @ mean_key + bias)[:, None])
+                    values_seen.append((p @ values[j])[None])
+            if logits:
+                s = torch.cat(logits, 1)
+                lse[b, h, i] = s.logsumexp(1)
+                o[b, h, i] = s.softmax(1).nan_to_num(0) @ torch.cat(values_seen)
+            else:
+                lse[b, h, i] = -torch.inf
+    return o, lse
+
+
+@pytest.fixture(name="with_tangents", scope="session")
+def with_tangents_oracle():
+    return with_tangents

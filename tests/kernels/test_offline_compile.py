@@ -37,7 +37,10 @@ def shared_memory(arch, case, tmp_path):
 @pytest.mark.parametrize(("arch", "case"), QUICK)
 def test_compiles_and_fits(arch, case, tmp_path):
     used = shared_memory(arch, case, tmp_path)
-    assert used.keys() == {"pool_kernel", "score_kernel", "pick_kernel", "forward_kernel"}
+    assert used.keys() == {
+        "pool_kernel", "score_kernel", "pick_kernel", "forward_kernel", "columns_kernel",
+        "merge_kernel",
+    }  # fmt: skip
     assert max(used.values()) <= SHARED_BYTES[arch]
     assert used["forward_kernel"] > 0
 
@@ -49,12 +52,18 @@ def test_every_case_compiles_and_fits(arch, case, tmp_path):
 
 
 def compile_for(arch, case):
-    """Compiles what `select` and `forward` would launch; returns the shared memory of each."""
+    """Compiles what selection and attention would launch; returns the shared memory of each."""
     import torch
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from afbs_compile.kernels import triton_forward, triton_pool, triton_scores, triton_selection
+    from afbs_compile.kernels import (
+        triton_compensation,
+        triton_forward,
+        triton_pool,
+        triton_scores,
+        triton_selection,
+    )
     from afbs_compile.kernels.geometry import Mask
 
     class AbsentDriver:
@@ -87,6 +96,8 @@ def compile_for(arch, case):
     Compiled(triton_scores, "score_kernel")
     Compiled(triton_selection, "pick_kernel")
     Compiled(triton_forward, "forward_kernel")
+    Compiled(triton_compensation, "columns_kernel")
+    Compiled(triton_compensation, "merge_kernel")
     for module in (triton_scores, triton_forward):
         module.shared_memory_bytes = lambda device: SHARED_BYTES[arch]
     head_dim, dtype, block_m, block_n, causal, selector = CASES[case]
@@ -94,7 +105,9 @@ def compile_for(arch, case):
     k, policy = q[:, :1], torch.zeros(2, 8)
     site = {"mask": Mask(causal), "scale": 1.0, "block_m": block_m, "block_n": block_n}
     counts, indices = triton_selection.select(q, k, policy, selector=selector, **site)
-    triton_forward.forward(q, k, k, counts, indices, policy, **site)
+    results = triton_forward.forward(q, k, k, counts, indices, policy, **site)
+    lists = counts.zero_(), indices.zero_()  # nobody has written them; these are read on the host
+    triton_compensation.compensate(*results, q, k, k, *lists, policy, **site)
     return used
 
 

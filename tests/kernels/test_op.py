@@ -6,6 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import afbs_compile.kernels.op  # noqa: F401
+from afbs_compile.kernels import dispatch
 from afbs_compile.kernels import policy_columns as col
 
 
@@ -17,6 +18,23 @@ def arguments(policy_tensor, length=300, dtype=torch.float32, min_length=0):
 
 def test_opcheck(policy_tensor):
     torch.library.opcheck(torch.ops.afbs.attention.default, arguments(policy_tensor))
+
+
+def test_opcheck_with_compensation(policy_tensor):
+    args = (*arguments(policy_tensor), "tangent")
+    torch.library.opcheck(torch.ops.afbs.attention.default, args)
+
+
+def test_compensation_reaches_the_kernels(policy_tensor):
+    q, k, v, _, *rest = arguments(policy_tensor)
+    policy = policy_tensor(4, tau=0.0, sink=64, neighbours=0)
+    plain, tangent = (
+        torch.ops.afbs.attention(q, k, v, policy, *rest, name) for name in ("none", "tangent")
+    )
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                                             enable_gqa=True)  # fmt: skip
+    assert torch.equal(plain, torch.ops.afbs.attention(q, k, v, policy, *rest))
+    assert (tangent - dense).norm() < 0.9 * (plain - dense).norm()
 
 
 def test_fake_agrees_with_the_real_result(policy_tensor):
@@ -49,6 +67,15 @@ def test_gradients_are_an_error_on_a_cpu(policy_tensor):
         torch.ops.afbs.attention(q.requires_grad_(), *rest)
     with torch.no_grad():
         assert not torch.ops.afbs.attention(q, *rest).requires_grad
+
+
+def test_gradients_with_compensation_are_an_error(policy_tensor, monkeypatch):
+    monkeypatch.setattr(dispatch, "no_backward", lambda device_type: None)
+    q, *rest = arguments(policy_tensor)
+    with pytest.raises(RuntimeError, match="no backward with compensation 'tangent'"):
+        torch.ops.afbs.attention(q.requires_grad_(), *rest, "tangent")
+    with torch.no_grad():
+        assert not torch.ops.afbs.attention(q, *rest, "tangent").requires_grad
 
 
 def test_short_calls_have_sdpas_gradients(policy_tensor):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afbs_compile.kernels import lists, reference
+from afbs_compile.kernels import compensation, lists, reference
 from afbs_compile.kernels import policy_columns as col
 from afbs_compile.kernels.geometry import token_visible
 from afbs_compile.kernels.profile import profile
@@ -35,6 +35,40 @@ def test_profile_knows_the_error_of_every_tau(problems, data, selector, tau):
     norm = exact.abs().sum()
     torch.testing.assert_close(found / norm, wanted / norm, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(tables.norm.sum(), norm, rtol=1e-5, atol=1e-5)
+
+
+@given(st.data(), st.sampled_from([0.0, 0.3, 0.7, 0.95]), st.sampled_from([-math.inf, -2.0]))
+def test_profile_with_tangents_is_what_attention_with_them_does(
+    problems, with_tangents, data, tau, level
+):
+    problem = data.draw(problems(longest=100, tau=tau))
+    q, k, v, policy, site = problem.q, problem.k, problem.v, problem.policy, problem.site
+    tables = profile(
+        q, k, v, policy, selector="sub8", lambdas=(level,), compensation="tangent", **site
+    )
+    counts, indices = select(q, k, policy, selector="sub8", **site)
+    exact, _ = run(problem, policy, "sub8", tau=1.0)
+    if level == -math.inf:
+        out, _ = with_tangents(q, k, v, counts, indices, policy, **site)
+    else:  # what lambda leaves out is listed, and so has no tangent
+        out = without(problem, counts, indices, gains(problem) >= level)
+    extra = (counts - tables.forced).long()[..., None]
+    found = tables.error[0].gather(-1, extra)[..., 0]
+    wanted = [part.sum((2, 3)) for part in (out - exact).abs().split(problem.block_m, 2)]
+    wanted, norm = torch.stack(wanted, 2).float(), exact.abs().sum()
+    torch.testing.assert_close(found / norm, wanted / norm, atol=1e-5, rtol=1e-4)
+
+
+def without(problem, counts, indices, live):
+    """Kept blocks that are `live`, and tangents, merged by their lse."""
+    args = problem.q, problem.k, problem.v
+    beside = compensation.attend(*args, counts, indices, problem.policy, **problem.site)
+    live = lists.from_keep(lists.to_keep(counts, indices) & live)
+    o, lse = reference.forward(*args, *live, problem.policy, **problem.site)
+    if beside is None:
+        return o
+    total = torch.logaddexp(lse, beside[1]).clamp(min=-1e30)
+    return sum(x * torch.exp(y - total)[..., None] for x, y in ((o, lse), beside))
 
 
 def run(problem, policy, selector, tau=None):

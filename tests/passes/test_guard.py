@@ -25,5 +25,14 @@ def test_nothing_is_refused_where_no_gradient_is_needed():
         assert gradient_refusal(tensors("cpu", 0, 1, 2)) is None
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_gradients_are_refused_with_compensation(device):
+    reason = gradient_refusal(tensors(device, 0), "tangent")
+    assert reason.startswith("needs gradients: no backward")
+    assert ("tangent" in reason) == (device == "cuda")
+    with torch.no_grad():
+        assert gradient_refusal(tensors(device, 0), "tangent") is None
+
+
 def test_tensors_may_come_from_an_iterator():
     assert "needs gradients" in gradient_refusal(iter(tensors("cpu", 2)))

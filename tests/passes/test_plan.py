@@ -199,7 +199,8 @@ def test_rewritten_graphs_compute_the_same(function, shape, mask, policy_tensor)
         (gm,), (found,) = planner.graphs, planner.plans
         before = gm.code
         policy = policy_tensor(4, tau=1.0)[None]
-        new = rewrite(gm, found.sites, policy, selector="sub8", min_length=1)
+        new = rewrite(gm, found.sites, policy, selector="sub8", min_length=1,
+                      compensation="tangent")  # fmt: skip
         names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
         inputs = dict(zip(("l_q_", "l_k_", "l_v_"), args, strict=True))
         (out,) = new(*(inputs[n] for n in names), policy)
