@@ -119,7 +119,7 @@ def on_ray(work: Work, workers: int) -> Iterator[None]:
     def task(n: int) -> None:
         work(n)
 
-    needs = {"num_cpus": 1, "num_gpus": 1 if torch.cuda.is_available() else 0}
+    needs: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1 if torch.cuda.is_available() else 0}
     remote = ray.remote(max_retries=RAY_RETRIES, **needs)(task)
     running = [remote.remote(n) for n in range(1, workers)]
     try:

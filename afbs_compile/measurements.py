@@ -99,17 +99,26 @@ def help_out(problem: Problem, store: Store) -> None:
 
 
 def begun(problem: Problem, store: Store) -> bool:
-    """Has anything been profiled on these very inputs?"""
+    """Has anything been measured on these very inputs?"""
     inputs = digests(problem)
+    if problem.options.evaluator == "direct":
+        return any(store.has(asked(one)) for one in inputs)
     return any(store.has(job(site, one)) for site in problem.sites for one in inputs)
+
+
+def asked(digest: str) -> About:
+    """The note that evaluators were asked about an input."""
+    return {"asked": digest}
 
 
 def direct(
     problem: Problem, streams: Sequence[Stream], store: Store, clock: Clock
 ) -> list[dict[str, Evaluator]]:
     """For every set of inputs, evaluators that run the kernel and remember what they measured."""
-    budget = Budget(clock)
+    budget, inputs = Budget(clock), digests(problem)
     rule = problem.options.selector, problem.options.compensation
+    for one in inputs:
+        store.save(asked(one), {}, {})
     return [
         {
             site.name: Remembered(
@@ -120,7 +129,7 @@ def direct(
             )
             for site in problem.sites
         }
-        for stream, digest in zip(streams, digests(problem), strict=True)
+        for stream, digest in zip(streams, inputs, strict=True)
     ]
 
 

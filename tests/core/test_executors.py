@@ -148,6 +148,15 @@ def test_tasks_on_a_ray_cluster(program):
     check(program, "ray")
 
 
+@pytest.mark.slow
+def test_a_ray_task_that_is_killed_loses_nothing(program):
+    pytest.importorskip("ray")
+    want, _, _, _ = program("serial")
+    found, processes, _, _ = program("ray", fate="dies")
+    assert found == want
+    assert (len(processes), len(set(processes))) == (JOBS, 1)
+
+
 @pytest.mark.parametrize(
     ("executor", "workers", "says"),
     [

@@ -263,6 +263,18 @@ def test_the_kernel_is_not_asked_twice(monkeypatch, tmp_path):
         tuning = start(tokens(), evaluator="direct", tuning_budget_s=0)
         assert not tuning.complete
     assert len(asked) == 5
+    sink = calibrate.Sink
+    monkeypatch.setattr(calibrate, "Sink", type("Stopping", (sink,), {"__setitem__": stopping}))
+    with pytest.raises(KeyboardInterrupt):
+        start(tokens(), evaluator="direct")
+    assert tuned(newest()) == NAMES[:1]
+    monkeypatch.setattr(calibrate, "Sink", sink)
     assert timeless(start(tokens(), evaluator="direct")) == want
     assert len(set(asked)) == len(asked)
     assert any(entry[1] == str(QueryBlocks(1.0)) for entry in asked)
+
+
+def stopping(self, name, result):
+    """Ctrl-C once the first site is known."""
+    super(type(self), self).__setitem__(name, result)
+    raise KeyboardInterrupt
