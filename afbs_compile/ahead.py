@@ -4,22 +4,27 @@ Takes several inputs; with two or more the last is held out and thresholds back 
 bound holds on it too.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_map_only
 
 from afbs_compile import cache
 from afbs_compile.backend import standing_reason
-from afbs_compile.calibrate import Problem
+from afbs_compile.executors import helpers
 from afbs_compile.identity import model_key
 from afbs_compile.logs import warn
+from afbs_compile.measurements import help_out
 from afbs_compile.options import Options, parse
 from afbs_compile.passes.plan import Plan, plan
 from afbs_compile.policy import Policy, bucket_of
+from afbs_compile.problem import Problem, store_of
 from afbs_compile.runner import Shapes, weight_names
 from afbs_compile.source import measure_now
 
@@ -62,17 +67,43 @@ class Recorder:
         return self.graphs[-1]
 
 
-def tune(model: nn.Module, inputs: Sequence[Input], **options: Any) -> Policy:
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a helper needs to know: the model or how to load it, inputs on the CPU, options."""
+
+    model: nn.Module | Callable[[], nn.Module]
+    inputs: Sequence[Input]
+    options: dict[str, Any]
+
+
+def tune(
+    model: nn.Module,
+    inputs: Sequence[Input],
+    *,
+    executor: str | None = None,
+    workers: int | None = None,
+    loader: Callable[[], nn.Module] | None = None,
+    **options: Any,
+) -> Policy:
     """Tune a model on real inputs and keep the policy in the cache.
+
+    An interrupted tuning goes on where it stopped, if model, inputs and options are the same.
 
     Args:
         model: Any module; it runs as it is, dense, under `torch.no_grad`.
         inputs: Inputs of `model`: a tensor, positional arguments or keyword arguments each. Of two
             or more of a length bucket the last is held out for validation.
+        executor: Who shares the work: None (nobody), `local` (processes of this machine), `ray`
+            (tasks on a Ray cluster with the same cache folder), or `torchrun` (all ranks, each of
+            which calls this with equal arguments).
+        workers: Processes with this one, for `local` and `ray`; by default one a GPU.
+        loader: How a helper loads the model; must be possible to pickle. Without it the model
+            itself is sent.
         **options: As in `torch.compile(options=…)`.
 
     Returns:
-        The policy, with every tuning that is known of the model.
+        The policy, with every tuning that is known of the model. With `tuning_budget_s` it may not
+        be complete.
 
     Raises:
         ValueError: No input, a wrong option, or no attention call that could be made sparse.
@@ -80,25 +111,56 @@ def tune(model: nn.Module, inputs: Sequence[Input], **options: Any) -> Policy:
     if not inputs:
         raise ValueError("inputs is empty: give one or more inputs of the model")
     wishes = parse(options)
-    recorder = Recorder(wishes)
-    recorded = torch.compile(model, backend=recorder)
-    with torch.no_grad():
-        for given in inputs:
-            call(recorded, given)
-    policies: dict[str, Policy] = {}
-    for problem, key in problems(recorder):
-        stored = policies.get(key) or cache.load(key, wishes.cache_folder)
-        tuning = measure_now(problem, key, stored, None, {})
-        policies[key] = (stored or Policy(key, type(model).__name__)).with_tuning(tuning)
-    if not policies:
+    if executor in ("local", "ray") and wishes.evaluator != "profile":
+        raise ValueError(f"evaluator {wishes.evaluator!r} cannot be shared; use 'profile'")
+    task = Task(loader or model, to("cpu", inputs) if executor else inputs, options)
+    found = recorded(model, inputs, wishes)
+    if not found:
         raise ValueError(
             "no attention call can be made sparse (is max_error 0, or every call shorter than "
             "min_length?); afbs_compile.explain() after a compiled call names the reasons"
         )
+    policies: dict[str, Policy] = {}
+    with ExitStack() as joined:
+        for problem, key in found:  # helpers join what is there
+            joined.enter_context(store_of(problem, key))
+        joined.enter_context(helpers(executor, workers, partial(assist, task)))
+        for problem, key in found:
+            stored = policies.get(key) or cache.load(key, wishes.cache_folder)
+            tuning = measure_now(problem, key, stored, afresh=True)
+            policies[key] = (stored or Policy(key, type(model).__name__)).with_tuning(tuning)
     if len(policies) > 1:
         warn(f"the model compiles to graphs with {len(policies)} sets of weights (graph breaks); "
              "each has a policy of its own in the cache, the largest is returned")  # fmt: skip
     return max(policies.values(), key=lambda p: len(p.sites()))
+
+
+def recorded(
+    model: nn.Module, inputs: Sequence[Input], wishes: Options
+) -> list[tuple[Problem, str]]:
+    """The problems that a model poses on some inputs, with the keys of their weights."""
+    recorder = Recorder(wishes)
+    compiled = torch.compile(model, backend=recorder)
+    with torch.no_grad():
+        for given in inputs:
+            call(compiled, given)
+    return problems(recorder)
+
+
+def assist(task: Task, n: int) -> None:
+    """The n-th helper's work: profile sites of every problem that somebody has asked for."""
+    model = task.model if isinstance(task.model, nn.Module) else task.model()
+    device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
+    for problem, key in recorded(model, to(device, task.inputs), parse(task.options)):
+        store = store_of(problem, key)
+        if store.folder.is_dir():  # else it is done already
+            with store:
+                help_out(problem, store)
+
+
+def to(device: torch.device | str, inputs: Any) -> Any:
+    """Inputs with their tensors on another device."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), inputs)
 
 
 def call(model: Any, given: Input) -> Any:

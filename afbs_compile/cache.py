@@ -7,6 +7,7 @@ Deleting the folder is always safe.
 """
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,11 @@ class Entry:
 def folder(cache_dir: Path | None = None) -> Path:
     """Where the policy files are."""
     return (cache_dir or default_cache_dir()) / "policies"
+
+
+def work_folder(cache_dir: Path | None = None) -> Path:
+    """Where unfinished tunings are, in folders whose names begin with the model's key."""
+    return (cache_dir or default_cache_dir()) / "work"
 
 
 def path_of(key: str, cache_dir: Path | None = None) -> Path:
@@ -102,12 +108,12 @@ def merged(policy: Policy, path: Path) -> Policy:
     return together
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write `text` to `path`; a reader sees the old file or the new one, never a part."""
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write `content` to `path`; a reader sees the old file or the new one, never a part."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with draft.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
@@ -143,7 +149,10 @@ def remove(key: str, cache_dir: Path | None = None) -> list[Path]:
     gone = [file for file in sorted(path.parent.glob(f"{path.name}*")) if file.suffix != ".lock"]
     for file in gone:
         file.unlink()
-    return gone
+    unfinished = sorted(work_folder(cache_dir).glob(f"{key}-*"))
+    for work in unfinished:
+        shutil.rmtree(work)
+    return [*gone, *unfinished]
 
 
 def clear(cache_dir: Path | None = None) -> list[Path]:
@@ -153,4 +162,5 @@ def clear(cache_dir: Path | None = None) -> list[Path]:
         OSError: A file cannot be deleted.
     """
     keys = {path.name.partition(SUFFIX)[0] for path in folder(cache_dir).glob(f"*{SUFFIX}*")}
+    keys |= {path.name.split("-")[0] for path in work_folder(cache_dir).glob("*-*")}
     return [file for key in sorted(keys) for file in remove(key, cache_dir)]

@@ -5,136 +5,84 @@ layer and the search costs look-ups; with `direct` each phase of the search is a
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any
 
 import numpy as np
 import torch
-from torch.fx import GraphModule
 
-from afbs_compile.capture import Stream, mask_at
-from afbs_compile.evaluators import DirectEvaluator, profiled
-from afbs_compile.options import Options
+from afbs_compile.capture import mask_at
+from afbs_compile.measurements import LOW, Worst, measurements
 from afbs_compile.passes.rewrite import Site
 from afbs_compile.policy import Head, Tuning, bucket_of
 from afbs_compile.policy import Site as SitePolicy
+from afbs_compile.problem import Problem, cuda_devices, untraced
+from afbs_compile.profiling import BUDGET, INTERRUPTED, UNFINISHED
 from afbs_compile.progress import OnProgress
-from afbs_compile.timing import Speed, measure, signature
-from afbs_compile.tuner.objective import (
-    Evaluator,
-    Fidelity,
-    QueryBlocks,
-    SequenceLength,
-    tau_of_u,
-)
+from afbs_compile.remembered import OutOfTime
+from afbs_compile.store import Store
+from afbs_compile.timing import Speed, measure
+from afbs_compile.tuner.objective import tau_of_u
 from afbs_compile.tuner.strategy import Goal
 from afbs_compile.tuner.trace import Trace
 from afbs_compile.tuner.tune import SiteResult, tune
 from afbs_compile.versions import device_name, versions
 
-LOW: dict[str, Fidelity] = {
-    "query-blocks": QueryBlocks(1 / 8),
-    "sequence-length": SequenceLength(1 / 4),
-}
 
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """What is to be tuned.
-
-    Attributes:
-        gm: Dynamo's graph, not rewritten.
-        inputs: One or more sets of real inputs; with two or more the last is held out.
-        sites: The sites to tune.
-        options: The user's wishes.
-        length: Tokens; names the bucket.
-    """
-
-    gm: GraphModule
-    inputs: Sequence[Sequence[Any]]
-    sites: Sequence[Site]
-    options: Options
-    length: int
-
-
-def calibrate(problem: Problem, on_progress: OnProgress, found: dict[str, SitePolicy]) -> Tuning:
-    """Tune every site of a problem.
+def calibrate(
+    problem: Problem, store: Store, on_progress: OnProgress, found: dict[str, SitePolicy]
+) -> Tuning:
+    """Tune every site of a problem, or as many as the budget allows.
 
     Args:
         problem: What is to be tuned.
+        store: Where measurements are kept until all are there.
         on_progress: Told about every step.
-        found: Takes each site's policy as soon as it is known; valid after an interrupt.
+        found: Takes each site's policy as soon as it is known. After an interrupt it is valid too:
+            sites that were not tuned are dense and give one of `profiling.UNFINISHED` as reason.
     """
-    start, trace, options = time.perf_counter(), Trace(), problem.options
-    devices = cuda_devices(problem.inputs)
-    with torch.random.fork_rng(devices), torch.no_grad(), outside_tracing():
-        streams = [Stream(problem.gm, inputs, problem.sites) for inputs in problem.inputs]
-        evaluators, speeds = measured(problem, streams, on_progress)
-        sink = Sink(problem, speeds, found)
-        tune(
-            evaluators[0],
-            Goal(options.max_error, options.mean_error_budget),
-            options.strategy,
-            low=LOW[options.fidelity],
-            validation=evaluators[1] if len(evaluators) > 1 else None,
-            on_progress=on_progress,
-            trace=trace,
-            found=sink,
-        )
+    start, trace = time.perf_counter(), Trace()
+    stopped: str | None = INTERRUPTED  # unless we get to the end
+    try:
+        with torch.random.fork_rng(cuda_devices(problem.inputs)), torch.no_grad(), untraced():
+            stopped = search(problem, store, on_progress, trace, found)
+    finally:
+        if stopped:
+            for site in problem.sites:
+                found.setdefault(site.name, pending(site, stopped))
+    if stopped == INTERRUPTED:
+        raise KeyboardInterrupt
     return tuning(problem, found, trace, time.perf_counter() - start)
 
 
-def measured(
-    problem: Problem, streams: list[Stream], on_progress: OnProgress
-) -> tuple[list[Mapping[str, Evaluator]], dict[str, Speed]]:
-    """Evaluators of the calibration inputs and, if there are any, of the held-out ones.
-
-    Walks the layers once: profiles them and times one layer of every shape.
-    """
-    options, sites = problem.options, problem.sites
-    tables: list[dict[str, Evaluator]] = [{} for _ in streams]
-    speeds: dict[tuple[object, ...], Speed] = {}
-    by_site: dict[str, Speed] = {}
-    for n, site in enumerate(sites):
-        on_progress(n, len(sites), "profile", site.name)
-        for stream, table in zip(streams, tables, strict=True):
-            layer = stream.layer(site.name)
-            if options.evaluator == "profile":
-                table[site.name] = profiled(
-                    layer, selector=options.selector, heads=site.heads, low=LOW[options.fidelity],
-                    compensation=options.compensation,
-                )  # fmt: skip
-            else:
-                table[site.name] = DirectEvaluator(
-                    stream, site.name, site.heads, options.selector, options.compensation
-                )
-        if (kind := signature(layer)) not in speeds:
-            speeds[kind] = measure(layer, options.selector, options.compensation)
-        by_site[site.name] = speeds[kind]
-    on_progress(len(sites), len(sites), "profile", "")
-    unseen = [tables.pop()] if len(tables) > 1 else []
-    together = {site.name: Worst([t[site.name] for t in tables]) for site in sites}
-    return [together, *unseen], by_site
-
-
-@dataclass(frozen=True, slots=True)
-class Worst:
-    """Several inputs as one evaluator: the worst error, the mean density."""
-
-    evaluators: Sequence[Evaluator]
-
-    @property
-    def heads(self) -> int:
-        """Query heads."""
-        return self.evaluators[0].heads
-
-    def __call__(self, u: Any, fidelity: Fidelity) -> Any:
-        """Measure on every input."""
-        found = [evaluate(u, fidelity) for evaluate in self.evaluators]
-        error = np.max([m.error for m in found], axis=0)
-        return type(found[0])(error, np.mean([m.density for m in found], axis=0))
+def search(
+    problem: Problem,
+    store: Store,
+    on_progress: OnProgress,
+    trace: Trace,
+    found: dict[str, SitePolicy],
+) -> str | None:
+    """Measure and search; why it ended early, or None."""
+    options = problem.options
+    measured = measurements(problem, store, on_progress, measure)
+    tables = measured.tables
+    if not tables[0]:
+        return measured.stopped
+    unseen = tables.pop() if len(tables) > 1 else None
+    try:
+        tune(
+            {name: Worst([table[name] for table in tables]) for name in tables[0]},
+            Goal(options.max_error, options.mean_error_budget),
+            options.strategy,
+            low=LOW[options.fidelity],
+            validation=unseen,
+            on_progress=on_progress,
+            trace=trace,
+            found=Sink(problem, measured.speeds, found),
+        )
+    except OutOfTime:
+        return BUDGET
+    return measured.stopped
 
 
 class Sink(dict[str, SiteResult]):
@@ -177,6 +125,19 @@ def site_policy(site: Site, result: SiteResult, speed: Speed) -> SitePolicy:
     )
 
 
+def pending(site: Site, reason: str) -> SitePolicy:
+    """A site that was not tuned yet: dense."""
+    heads = (Head("dense", 1.0),) * site.heads
+    return SitePolicy(
+        site.name, heads, site.kv_heads, site.head_dim, describe(site), "dense", reason
+    )
+
+
+def finished(policy: SitePolicy) -> bool:
+    """Was the site tuned, rather than left for later?"""
+    return policy.reason not in UNFINISHED
+
+
 def head_policy(result: SiteResult, n: int) -> Head:
     """The policy of one head."""
     if result.dense[n]:
@@ -205,18 +166,16 @@ def tuning(
     problem: Problem, found: Mapping[str, SitePolicy], trace: Trace, seconds: float
 ) -> Tuning:
     """What was found, as a document."""
-    tensors = [x for x in problem.inputs[0] if isinstance(x, torch.Tensor)]
-    device = tensors[0].device if tensors else torch.device("cpu")
     return Tuning(
         bucket=bucket_of(problem.length),
         length=problem.length,
         options=problem.options.tuning_fingerprint(),
-        complete=all(site.name in found for site in problem.sites),
+        complete=all(s.name in found and finished(found[s.name]) for s in problem.sites),
         evaluations=trace.evaluations,
         cost_dense_passes=trace.cost,
         seconds=seconds,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        device=device_name(device),
+        device=device_name(problem.device),
         versions=versions(),
         inputs=tuple(describe_inputs(problem)),
         sites=dict(found),
@@ -228,14 +187,3 @@ def describe_inputs(problem: Problem) -> Iterator[str]:
     for n, _ in enumerate(problem.inputs):
         held_out = len(problem.inputs) > 1 and n == len(problem.inputs) - 1
         yield f"{problem.length} tokens, {'held out' if held_out else 'calibration'}"
-
-
-def cuda_devices(inputs: Sequence[Sequence[Any]]) -> list[int]:
-    """Indices of the CUDA devices that inputs live on."""
-    tensors = [x for group in inputs for x in group if isinstance(x, torch.Tensor)]
-    return sorted({t.device.index for t in tensors if t.device.type == "cuda"})
-
-
-def outside_tracing() -> Any:
-    """Hide Dynamo's tracing context: kernels that compile on first use must not inherit it."""
-    return torch._guards.tracing(None)

@@ -12,7 +12,15 @@ from pathlib import Path
 
 from afbs_compile import logs
 from afbs_compile.commands.errors import CommandError
-from afbs_compile.options import COMPENSATIONS, EVALUATORS, FIDELITIES, SELECTORS, STRATEGIES
+from afbs_compile.commands.tuner_options import add_tuner_options
+from afbs_compile.options import (
+    COMPENSATIONS,
+    EVALUATORS,
+    EXECUTORS,
+    FIDELITIES,
+    SELECTORS,
+    STRATEGIES,
+)
 from afbs_compile.policy import PolicyError
 from afbs_compile.versions import version
 
@@ -56,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add_tune(commands.add_parser("tune", help="tune a local model ahead of time"))
     add_show(commands.add_parser("show", help="show a policy by site and head"))
     add_cache(commands.add_parser("cache", help="list, check and delete stored policies"))
-    add_bench(commands.add_parser("bench", help="measure the kernels on this machine's GPU"))
+    add_bench(commands.add_parser("bench", help="measure kernels and search strategies"))
     add_doctor(commands.add_parser("doctor", help="check what this machine can do"))
     return top
 
@@ -83,6 +91,12 @@ def add_tuning(command: argparse.ArgumentParser) -> None:
     command.add_argument("--selector", choices=SELECTORS)
     command.add_argument("--compensation", choices=COMPENSATIONS)
     command.add_argument("--min-length", type=int, help="shorter calls stay dense, in tokens")
+    command.add_argument(
+        "--tuning-budget-s",
+        type=float,
+        metavar="N",
+        help="stop measuring after N seconds; the same command goes on later",
+    )
     add_cache_dir(command)
     add_json(command)
 
@@ -112,6 +126,10 @@ def add_tune(command: argparse.ArgumentParser) -> None:
     command.add_argument("--tokens", type=int, required=True, help="tokens of the input")
     command.add_argument(
         "--out", type=Path, metavar="FILE", help="write the policy here as well as to the cache"
+    )
+    command.add_argument("--executor", choices=EXECUTORS, help="share the work with processes")
+    command.add_argument(
+        "--workers", type=int, metavar="N", help="processes of --executor (one a GPU)"
     )
     add_tuning(command)
 
@@ -151,9 +169,14 @@ def add_cache(command: argparse.ArgumentParser) -> None:
 
 def add_bench(command: argparse.ArgumentParser) -> None:
     """`afbs bench`."""
-    command.add_argument("what", choices=("attention",), help="against its rivals")
-    add_bench_options(command)
-    add_json(command)
+    kinds = command.add_subparsers(dest="what", metavar="WHAT", required=True)
+    for name, about, add in (
+        ("attention", "the kernels of a GPU against their rivals", add_bench_options),
+        ("tuner", "search strategies side by side on a language model", add_tuner_options),
+    ):
+        kind = kinds.add_parser(name, help=about)
+        add(kind)
+        add_json(kind)
 
 
 def add_bench_options(command: argparse.ArgumentParser) -> None:

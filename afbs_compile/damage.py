@@ -76,6 +76,7 @@ class Judge:
         *,
         selector: str,
         perplexity: bool,
+        compensation: str = "none",
     ) -> None:
         """Run the graph dense on all inputs and keep what the comparison needs.
 
@@ -85,12 +86,13 @@ class Judge:
             sites: The sites that a policy makes sparse.
             selector: The block selector of every site.
             perplexity: Whether the inputs hold the tokens that the outputs predict.
+            compensation: What stands for dropped blocks at every site.
 
         Raises:
             Unmeasurable: No output looks like logits, or no input like their tokens.
         """
         self.gm, self.inputs, self.sites = gm, inputs, list(sites)
-        self.selector = selector
+        self.selector, self.compensation = selector, compensation
         with torch.no_grad():
             self.dense = [reading(gm(*private(gm, args)), args, perplexity) for args in inputs]
 
@@ -101,7 +103,10 @@ class Judge:
         found = []
         for args, dense in zip(self.inputs, self.dense, strict=True):
             policy = tensor.to(dense.logits.device)
-            sparse = rewrite(self.gm, self.sites, policy, selector=self.selector, min_length=0)
+            sparse = rewrite(
+                self.gm, self.sites, policy, selector=self.selector, min_length=0,
+                compensation=self.compensation,
+            )  # fmt: skip
             found.append(compare(dense, logits_of(sparse(*private(self.gm, args), policy))))
         increases = [d.perplexity_increase for d in found if d.perplexity_increase is not None]
         return Damage(max(d.kl for d in found), max(increases, default=None))

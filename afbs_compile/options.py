@@ -23,6 +23,7 @@ EVALUATORS = ("profile", "direct")
 FIDELITIES = ("query-blocks", "sequence-length")
 SELECTORS = ("sub8", "sub4", "mean")
 COMPENSATIONS = ("none", "tangent")
+EXECUTORS = ("local", "torchrun", "ray")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -42,6 +43,8 @@ class Options:
         selector: How block scores are made, one of `SELECTORS`.
         compensation: What stands for a block that is left out, one of `COMPENSATIONS`.
         min_length: Calls with fewer query tokens stay dense.
+        tuning_budget_s: Seconds after which the first call stops measuring and leaves the rest
+            dense until a later start; None measures everything.
         inductor: Configuration patches for Inductor.
     """
 
@@ -55,6 +58,7 @@ class Options:
     selector: str = "sub8"
     compensation: str = "none"
     min_length: int = 2048
+    tuning_budget_s: float | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -143,6 +147,16 @@ def fraction_or_none(name: str, value: Any) -> float | None:
     return None if value is None else fraction(name, value)
 
 
+def seconds_or_none(name: str, value: Any) -> float | None:
+    """A finite number of seconds of at least 0, or None."""
+    if value is None:
+        return None
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not math.isfinite(value) or value < 0:
+        raise ValueError(f"option {name!r} is {value!r}; give a number of seconds, or None")
+    return float(value)
+
+
 def positive(name: str, value: Any) -> int:
     """An integer of at least 1."""
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
@@ -186,6 +200,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "selector": one_of(SELECTORS),
     "compensation": one_of(COMPENSATIONS),
     "min_length": positive,
+    "tuning_budget_s": seconds_or_none,
 }
 
 
@@ -198,6 +213,17 @@ def default_cache_dir() -> Path:
 def disabled() -> bool:
     """Whether `AFBS_DISABLE` asks to leave every attention call dense."""
     return os.environ.get("AFBS_DISABLE", "").lower() not in ("", "0", "false", "no")
+
+
+def torchrun_rank() -> int | None:
+    """This process's number among those that torchrun started, or None."""
+    rank = os.environ.get("RANK")
+    return int(rank) if rank is not None and "WORLD_SIZE" in os.environ else None
+
+
+def torchrun_local_rank() -> int:
+    """Its number on this machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def log_level() -> int | None:

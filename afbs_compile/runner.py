@@ -18,7 +18,6 @@ import torch
 from torch import SymInt, Tensor
 from torch.fx import GraphModule, Node
 
-from afbs_compile.calibrate import Problem
 from afbs_compile.identity import model_key
 from afbs_compile.logs import warn
 from afbs_compile.options import Options
@@ -27,6 +26,7 @@ from afbs_compile.passes.rewrite import Site
 from afbs_compile.passes.sites import dotted, value
 from afbs_compile.policy import Policy, Tuning, bucket_of
 from afbs_compile.policy_tensor import stacked
+from afbs_compile.problem import Problem
 from afbs_compile.report import JOURNAL, SiteReport
 from afbs_compile.source import LOCK, Unusable, resolve
 

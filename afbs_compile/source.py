@@ -3,18 +3,23 @@
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from afbs_compile import cache
-from afbs_compile.calibrate import Problem, calibrate, describe, tuning
+from afbs_compile.calibrate import calibrate, describe, finished, tuning
 from afbs_compile.logs import warn
+from afbs_compile.measurements import begun
 from afbs_compile.options import Options
 from afbs_compile.passes.rewrite import Site
 from afbs_compile.policy import Policy, PolicyError, Tuning, bucket_of
 from afbs_compile.policy import Site as SitePolicy
+from afbs_compile.problem import Problem, store_of
 from afbs_compile.progress import Progress
 from afbs_compile.report import JOURNAL, CalibrationReport
+from afbs_compile.store import Store
 from afbs_compile.tuner.trace import Trace
 
 LOCK = threading.RLock()  # one calibration at a time: it saturates the device anyway
@@ -41,12 +46,19 @@ def resolve(problem: Problem, key: str, given: Policy | None = None) -> Tuning:
         if given is not None:
             return from_given(given, problem, key)
         stored = cache.load(key, problem.options.cache_folder)
-        known = stored.find(bucket_of(problem.length), fingerprint(problem)) if stored else None
-        fitting = fitting_sites(known, problem.sites) if known else {}
+        known, fitting = look_up(stored, problem)
         if known and len(fitting) == len(problem.sites):
             note("hit", key, problem, None, cache.path_of(key, problem.options.cache_folder))
             return known
-        return measure_now(problem, key, stored, known, fitting)
+        return measure_now(problem, key, stored)
+
+
+def look_up(
+    stored: Policy | None, problem: Problem
+) -> tuple[Tuning | None, dict[str, SitePolicy]]:
+    """The stored tuning for a problem, and the sites that it has tuned."""
+    known = stored.find(bucket_of(problem.length), fingerprint(problem)) if stored else None
+    return known, finished_sites(fitting_sites(known, problem.sites)) if known else {}
 
 
 def read_given(options: Options, key: str) -> Policy:
@@ -77,39 +89,68 @@ def from_given(policy: Policy, problem: Problem, key: str) -> Tuning:
 
 
 def measure_now(
-    problem: Problem,
-    key: str,
-    stored: Policy | None,
-    known: Tuning | None,
-    fitting: dict[str, SitePolicy],
+    problem: Problem, key: str, stored: Policy | None, *, afresh: bool = False
 ) -> Tuning:
-    """Calibrate the sites that nothing is known of, and keep what was found."""
-    missing = replace(problem, sites=[s for s in problem.sites if s.name not in fitting])
-    found: dict[str, SitePolicy] = {}
-    policy = stored or Policy(key, None)
-    folder = problem.options.cache_folder
-    try:
-        with Progress() as progress:
-            result = calibrate(missing, progress, found)
-    except KeyboardInterrupt:
-        if found:
-            part = tuning(missing, found, Trace(), 0.0)
-            cache.store(policy.with_tuning(merged(part, known, fitting)), folder)
-        raise
-    except (ValueError, torch.OutOfMemoryError) as error:
-        warn(f"calibration failed: {error}. The model runs dense.")
-        raise Unusable(f"calibration failed: {error}") from error
-    result = merged(result, known, fitting)
-    path = cache.store(policy.with_tuning(result), folder)
+    """Calibrate the sites that nothing is known of (`afresh`: all), and keep what was found.
+
+    A tuning that ended early on the same inputs goes on where it stopped, all sites together, and
+    finds what it would have found in one go. On other inputs only the missing sites are tuned.
+
+    Raises:
+        Unusable: The inputs cannot be measured.
+    """
+    known, fitting = look_up(stored, problem)
+    with store_of(problem, key) as store:
+        if afresh or (known and not known.complete and begun(problem, store)):
+            missing = problem
+        else:
+            missing = replace(problem, sites=[s for s in problem.sites if s.name not in fitting])
+        keep = partial(kept, store, stored or Policy(key, None), known, fitting, problem)
+        found: dict[str, SitePolicy] = {}
+        try:
+            with Progress() as progress:
+                new = calibrate(missing, store, progress, found)
+        except KeyboardInterrupt:
+            if finished_sites(found):
+                keep(tuning(missing, found, Trace(), 0.0))
+            raise
+        except (ValueError, torch.OutOfMemoryError) as error:
+            warn(f"calibration failed: {error}. The model runs dense.")
+            raise Unusable(f"calibration failed: {error}") from error
+        result, path = keep(new)
     note("miss", key, problem, result, path)
     return result
 
 
+def kept(
+    store: Store,
+    policy: Policy,
+    known: Tuning | None,
+    fitting: dict[str, SitePolicy],
+    problem: Problem,
+    new: Tuning,
+) -> tuple[Tuning, Path | None]:
+    """Put a new tuning into the cache, with what is still good of an older one."""
+    result = merged(new, known, fitting)
+    path = cache.store(policy.with_tuning(result), problem.options.cache_folder)
+    if path and new.complete:
+        store.finish(sweep=result.complete)
+    return result, path
+
+
 def merged(new: Tuning, known: Tuning | None, fitting: dict[str, SitePolicy]) -> Tuning:
-    """A new tuning together with the sites that are still good of an older one."""
+    """A new tuning together with the sites that are still good of an older one.
+
+    What was tuned wins over what was left for later, and new over old.
+    """
     others = {n: s for n, s in known.sites.items() if n not in new.sites} if known else {}
-    complete = new.complete and (known is None or bool(fitting) or not others)
-    return replace(new, sites=others | fitting | new.sites, complete=complete)
+    sites = others | new.sites | fitting | finished_sites(new.sites)
+    return replace(new, sites=sites, complete=len(finished_sites(sites)) == len(sites))
+
+
+def finished_sites(sites: dict[str, SitePolicy]) -> dict[str, SitePolicy]:
+    """The sites that were tuned, rather than left for later."""
+    return {name: site for name, site in sites.items() if finished(site)}
 
 
 def fitting_sites(found: Tuning, sites: Sequence[Site]) -> dict[str, SitePolicy]:

@@ -37,7 +37,7 @@ class Speed:
 def signature(layer: Layer) -> tuple[object, ...]:
     """What decides the speed of a layer at a given density."""
     q, k = layer.q, layer.k
-    return q.shape, k.shape, q.dtype, q.device, layer.mask
+    return tuple(q.shape), tuple(k.shape), q.dtype, q.device.type, layer.mask
 
 
 class One:
@@ -55,7 +55,7 @@ class One:
 def measure(layer: Layer, selector: str, compensation: str = "none") -> Speed:
     """Time SDPA and the op on a layer's own tensors, interleaved."""
     heads = layer.q.shape[1]
-    direct = DirectEvaluator(One(layer), "timing", heads, selector, compensation)
+    direct = DirectEvaluator(One(layer), "timing", heads, selector, compensation=compensation)
     ends = [np.zeros(heads), np.full(heads, U_MAX)]
     densities = [float(direct(u, FULL).density.mean()) for u in ends]
     policies = [policy_at(1 - 10.0**-u, layer.q.device) for u in ends]

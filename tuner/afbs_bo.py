@@ -4,14 +4,15 @@ explore: Gaussian processes of log(error + floor) and density over u, hyperparam
 the heads of a site (the floor keeps an error of 0 from spoiling them). Each head's next u
 maximises the log of the constrained expected improvement (Ament et al. 2023) of
 −(density + price·error) subject to error ≤ margin·max_error.
-allocate: one price over the posterior curves of all sites gives each head its target.
+allocate: one price over the posterior curves of all sites, half taken back towards one tau for
+all (blend.py), gives each head its target.
 refine: safeguarded secant at high fidelity, started where the curve meets the target; with a prior
 from probe layers, lambda is searched on top (improve.py).
 validate: back-off on unseen inputs.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -20,9 +21,18 @@ from afbs_compile.tuner.allocate import Allocation, allocate
 from afbs_compile.tuner.arrays import Floats, Ints
 from afbs_compile.tuner.backoff import back_off
 from afbs_compile.tuner.batched_gp import BatchedGP
-from afbs_compile.tuner.curves import GRID, Curves, non_decreasing, stacked
+from afbs_compile.tuner.blend import Mix
+from afbs_compile.tuner.curves import GRID, Curves, non_decreasing, stacked, weights
 from afbs_compile.tuner.improve import Search
-from afbs_compile.tuner.objective import U_MAX, Evaluator, Fidelity, Measured, lambdas_of, measure
+from afbs_compile.tuner.objective import (
+    U_MAX,
+    Evaluator,
+    Fidelity,
+    Measured,
+    lambdas_of,
+    measure,
+    weights_of,
+)
 from afbs_compile.tuner.prior import Prior
 from afbs_compile.tuner.rootfind import solve
 from afbs_compile.tuner.strategy import Found, Goal, Plan, SitePlan, Validated
@@ -31,10 +41,12 @@ DESIGN = (0.4, 1.2, 2.4)  # u of the first calls
 JITTER = 0.1  # of the design, by the seed
 MAX_CALLS = 8  # of a site's evaluator in explore
 LEAST_GAIN = 1e-3  # of density: below it no call is worth its cost
+REFINE_CALLS = 12  # of a site: a head whose error runs in wide stairs must not keep the others
 FLOOR = 0.02  # of max_error: smaller errors are nearly alike
 LEAST_ERROR = 1e-3  # of the floor: a curve is never 0, a target of 0 stands for dense
 FIRST_PRICE = 0.15  # divided by the budget; typical slopes of density and error (research)
 LARGEST_PRICE = 1e3
+ALIKE = 0.5  # share of one tau for all in what a head is given
 AT = GRID[:, None] / U_MAX
 
 
@@ -60,16 +72,32 @@ class AfbsBo:
                 break
             point = GRID[score.argmax(1)]
             seen.add(point, evaluator(point, self.low))
-        return seen.curves()
+        return replace(seen.curves(), weight=weights_of(evaluator))
 
-    def allocate(self, curves: Mapping[str, Curves]) -> Plan:
-        """Targets of one price for all heads of all sites, each ≤ margin·max_error."""
-        given = self._allocation(list(curves.values()))
-        start = np.where(given.dense, U_MAX, GRID[given.index])
-        ends = np.cumsum([site.heads for site in curves.values()])[:-1]
-        parts = zip(curves, np.split(given.error, ends), np.split(start, ends), strict=True)
+    def allocate(
+        self, curves: Mapping[str, Curves], price: float | None = None, alike: float = ALIKE
+    ) -> Plan:
+        """Targets of one price for all heads of all sites, each ≤ margin·max_error.
+
+        Where the cap alone can bind, it is everybody's target, whatever the curves say.
+        """
+        sites = list(curves.values())
+        error, _ = stacked(sites)
+        if price is None and self.goal.budget == self.goal.cap:
+            given = self._allocation(sites)
+            index, price = given.index, given.price
+            target = np.full(len(error), self.goal.cap)
+        else:
+            mix = Mix(*stacked(sites), weights(sites), self.goal.cap, alike)
+            price = mix.least_price(self.goal.budget) if price is None else price
+            index = mix.at(price)
+            found = np.take_along_axis(error, np.maximum(index, 0)[:, None], 1)[:, 0]
+            target = np.where(index < 0, 0.0, found)
+        start = np.where(index < 0, U_MAX, GRID[index])
+        ends = np.cumsum([site.heads for site in sites])[:-1]
+        parts = zip(curves, np.split(target, ends), np.split(start, ends), strict=True)
         plans = {site: SitePlan(t, u, np.zeros(len(u), dtype=np.int64)) for site, t, u in parts}
-        return Plan(plans, given.price)
+        return Plan(plans, price)
 
     def refine(self, evaluator: Evaluator, plan: SitePlan) -> Found:
         """Secant from the curve's u; a head to be dense starts, and ends, at U_MAX.
@@ -78,7 +106,12 @@ class AfbsBo:
         """
         if self.prior is None or len(lambdas_of(evaluator)) == 1:
             return Found.of(
-                solve(lambda u: evaluator(u, self.high), plan.target, start=plan.start)
+                solve(
+                    lambda u: evaluator(u, self.high),
+                    plan.target,
+                    start=plan.start,
+                    max_calls=REFINE_CALLS,
+                )
             )
         self.prior.expect(lambdas_of(evaluator))
         search = Search.new(

@@ -6,7 +6,7 @@ mapping, kernel, acquisition, first points, numbers of evaluations, lengths, wid
 what happens where a region holds no feasible point. Ours: a Gaussian process of a head's own over
 (u, level), Matérn-5/2, log constrained expected improvement, 5 points of a Latin hypercube and 11
 more at low fidelity; the two best levels, u within 0.4 of the process's answer, bisected at high
-fidelity; a head that is feasible in neither is bisected on up to U_MAX.
+fidelity; a head that is feasible in neither is bisected with lambda off, on up to U_MAX.
 """
 
 from dataclasses import dataclass, field
@@ -57,7 +57,7 @@ class AfbsBoPaper(OneTarget):
             bisect(evaluate, low, low + 2 * HALF_WIDTH, level, target)
         missing = ~best.found.feasible & (target > 0.0)
         if missing.any():
-            self._further(evaluate, best.found, missing, regions[0], target)
+            further(evaluate, best.found, missing, regions[0][0], target)
         return best.found
 
     def _design(self, heads: int, levels: int) -> list[tuple[Floats, Ints]]:
@@ -68,18 +68,14 @@ class AfbsBoPaper(OneTarget):
             for u, z in sample
         ]
 
-    def _further(
-        self,
-        evaluate: Evaluate,
-        found: Found,
-        missing: Bools,
-        region: tuple[Floats, Ints],
-        target: Floats,
-    ) -> None:
-        """Bisect from a region's end to U_MAX where nothing was feasible; others stand still."""
-        low = np.where(missing, np.minimum(region[0] + HALF_WIDTH, U_MAX - 0.1), found.u)
-        high = np.where(missing, U_MAX, found.u)
-        bisect(evaluate, low, high, np.where(missing, region[1], found.level), target)
+
+def further(
+    evaluate: Evaluate, found: Found, missing: Bools, center: Floats, target: Floats
+) -> None:
+    """Bisect from a region to U_MAX, lambda off, where none was feasible; others stand still."""
+    low = np.where(missing, np.clip(center - HALF_WIDTH, 0.0, U_MAX - 1.0), found.u)
+    high = np.where(missing, U_MAX, found.u)
+    bisect(evaluate, low, high, np.where(missing, 0, found.level), target)
 
 
 def bisect(evaluate: Evaluate, low: Floats, high: Floats, level: Ints, target: Floats) -> None:

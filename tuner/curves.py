@@ -22,6 +22,7 @@ class Curves:
         density: visited over visible blocks, non-decreasing in u [H, U].
         log_error_std: posterior standard deviation of log error (+ floor) [H, U].
         density_std: posterior standard deviation of density [H, U].
+        weight: what a unit of a head's error counts in the sum over all heads [H]; None: 1.
     """
 
     u: Floats
@@ -29,6 +30,7 @@ class Curves:
     density: Floats
     log_error_std: Floats
     density_std: Floats
+    weight: Floats | None = None
 
     @property
     def heads(self) -> int:
@@ -58,4 +60,11 @@ def stacked(curves: Sequence[Curves]) -> tuple[Floats, Floats]:
     return (
         np.concatenate([site.error for site in curves]),
         np.concatenate([site.density for site in curves]),
+    )
+
+
+def weights(curves: Sequence[Curves]) -> Floats:
+    """What a unit of error counts, of the heads of all sites in their order [heads in all]."""
+    return np.concatenate(
+        [np.ones(site.heads) if site.weight is None else site.weight for site in curves]
     )

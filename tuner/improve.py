@@ -21,7 +21,7 @@ from afbs_compile.tuner.rootfind import solve
 from afbs_compile.tuner.strategy import Found
 
 COARSE = 0.1  # in u: the steps that follow look more closely
-STEPS = 4
+SECANT_CALLS, STEPS = 5, 4  # nine calls at most
 LEAST_GAIN = 1e-3  # of density: below it no evaluation is worth its cost
 
 
@@ -46,7 +46,10 @@ class Search:
     def run(self, start: Floats) -> Found:
         """The best point of each head; heads whose target is 0 are to be dense."""
         off = np.zeros(len(self.target), dtype=np.int64)
-        solve(lambda u: self.measure(u, off), self.target, start=start, tolerance=COARSE)
+        solve(
+            lambda u: self.measure(u, off),
+            self.target, start=start, tolerance=COARSE, max_calls=SECANT_CALLS,
+        )  # fmt: skip
         for _ in range(STEPS):
             score = self.score()
             worth = (score.max(1) > np.log(LEAST_GAIN)) & (self.target > 0.0)

@@ -19,6 +19,7 @@ PRICES = (0.1, 1000.0)  # density that one unit of error is worth, at the ends o
 START = 3.0  # about what a mean error of 0.05 costs (research)
 TOLERANCE = 0.05  # of log10 price
 MAX_CALLS = 9
+WORST = 1e9  # damage that is not finite counts as this
 
 Candidate = TypeVar("Candidate")
 
@@ -36,21 +37,10 @@ class Limit(Generic[Candidate]):
     damage: Callable[[Candidate], float]
 
 
-@dataclass(frozen=True, slots=True)
-class Best(Generic[Candidate]):
-    """A candidate within the limit, its price and its damage."""
+def least_price(candidate: Callable[[float], Candidate], limit: Limit[Candidate]) -> float | None:
+    """The least price whose candidate is within the limit, to within `TOLERANCE` of its log10.
 
-    candidate: Candidate
-    price: float
-    damage: float
-
-
-def least_price(
-    candidate: Callable[[float], Candidate], limit: Limit[Candidate]
-) -> Best[Candidate] | None:
-    """The candidate of the least price that is within the limit, to within `TOLERANCE`.
-
-    A candidate is returned only if its own damage was measured to be within the limit.
+    The damage of the candidate of a price that is returned was measured to be within the limit.
 
     Args:
         candidate: Makes the candidate of a price.
@@ -60,18 +50,13 @@ def least_price(
         None if not even the highest price keeps the limit.
     """
     low, high = np.log10(PRICES)
-    kept: dict[float, Best[Candidate]] = {}
 
     def evaluate(log_price: Floats) -> Measured:
-        at = float(log_price[0])
-        made = candidate(10.0**at)
-        damage = limit.damage(made)
-        if damage <= limit.most:
-            kept[at] = Best(made, 10.0**at, damage)
-        return Measured(np.array([damage]), np.zeros(1))
+        damage = limit.damage(candidate(10.0 ** float(log_price[0])))
+        return Measured(np.array([min(damage, WORST)]), np.zeros(1))
 
     root = solve(
         evaluate, np.array([limit.most]), start=np.log10([START]), lo=low, hi=high,
         tolerance=TOLERANCE, max_calls=MAX_CALLS,
     )  # fmt: skip
-    return kept[float(root.u[0])] if root.feasible[0] else None
+    return 10.0 ** float(root.u[0]) if root.feasible[0] else None

@@ -177,6 +177,12 @@ def measure(
     return evaluator(u, fidelity, level)
 
 
+def weights_of(evaluator: Evaluator) -> Floats:
+    """What a unit of each head's error counts [H]: the evaluator's `weights`, else 1."""
+    weights: Floats | None = getattr(evaluator, "weights", None)
+    return np.ones(evaluator.heads) if weights is None else weights
+
+
 def profile_cost_of(evaluator: Evaluator) -> float | None:
     """Dense passes that the profile behind an evaluator cost; None: every call runs attention.
 

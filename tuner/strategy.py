@@ -125,5 +125,15 @@ class Strategy(Protocol):
         ...
 
 
+class Priced(Protocol):
+    """A strategy that can also be told the price of error, instead of a budget."""
+
+    def allocate(
+        self, curves: Mapping[str, Curves], price: float | None = None, alike: float = 0.5
+    ) -> Plan:
+        """The target of every head at a price; `alike` is the share of one tau for all."""
+        ...
+
+
 Factory = Callable[[Goal, Fidelity, Fidelity], Strategy]
 """Makes a strategy of a goal, a low and a high fidelity."""

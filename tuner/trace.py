@@ -17,6 +17,7 @@ from afbs_compile.tuner.objective import (
     measure,
     parse_fidelity,
     profile_cost_of,
+    weights_of,
 )
 
 
@@ -105,6 +106,11 @@ class Traced:
     def lambdas(self) -> tuple[float, ...]:
         """Levels of the evaluator."""
         return lambdas_of(self.evaluator)
+
+    @property
+    def weights(self) -> Floats:
+        """Of the evaluator's heads [H]."""
+        return weights_of(self.evaluator)
 
     @property
     def profile_cost(self) -> float | None:

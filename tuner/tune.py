@@ -5,13 +5,15 @@ On the inputs that were measured at high fidelity every head that is not dense h
 """
 
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 
 from afbs_compile.tuner.arrays import Bools, Floats, Ints
 from afbs_compile.tuner.curves import Curves
 from afbs_compile.tuner.incumbent import Incumbent
+from afbs_compile.tuner.limit import Limit, least_price
 from afbs_compile.tuner.objective import (
     FULL,
     OFF,
@@ -23,8 +25,10 @@ from afbs_compile.tuner.objective import (
 )
 from afbs_compile.tuner.prior import Prior
 from afbs_compile.tuner.strategies import strategy_of
-from afbs_compile.tuner.strategy import Found, Goal, SitePlan, Strategy
+from afbs_compile.tuner.strategy import Found, Goal, Priced, SitePlan, Strategy
 from afbs_compile.tuner.trace import Trace, Traced
+
+MIXES = (0.5, 1.0)  # shares of one tau for all that are tried under a limit
 
 OnProgress = Callable[[int, int, str, str], None]
 """Called after each step with (done, total, phase, site)."""
@@ -53,11 +57,19 @@ class SiteResult:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Result:
-    """What was found for all sites; price is None where a strategy has none."""
+    """What was found for all sites.
+
+    Attributes:
+        sites: by name.
+        price: of a unit of error; None where a strategy has none.
+        trace: every evaluation.
+        damage: what the limit measured of the result; None without one, or if all is dense.
+    """
 
     sites: dict[str, SiteResult]
     price: float | None
     trace: Trace
+    damage: float | None = None
 
     @property
     def mean_error(self) -> float:
@@ -82,6 +94,7 @@ def tune(
     on_progress: OnProgress | None = None,
     trace: Trace | None = None,
     found: MutableMapping[str, SiteResult] | None = None,
+    limit: Limit[Mapping[str, SiteResult]] | None = None,
 ) -> Result:
     """Thresholds of all heads of all sites.
 
@@ -97,11 +110,16 @@ def tune(
         on_progress: called after each step.
         trace: where evaluations are written, if somebody wants to watch.
         found: takes each site's result at once: what it holds outlives an interrupt.
+        limit: what all sites together must keep, instead of a budget on the mean error; needs
+            strategy `afbs-bo`. Of the candidates that keep it that of least density is returned;
+            if there is none, everything is dense.
 
     Raises:
         ValueError: an unknown strategy, no site, or one without validation; an evaluator that
-            measures nonsense (a note names the site).
+            measures nonsense (a note names the site); a limit with a strategy that has no price.
     """
+    if limit is not None and strategy != "afbs-bo":
+        raise ValueError(f"an end-to-end limit needs strategy 'afbs-bo', got {strategy!r}")
     run = _Run(
         goal,
         strategy_of(strategy, goal, low, high, prior),
@@ -110,7 +128,7 @@ def tune(
         Trace() if trace is None else trace,
         _Progress(2 * len(evaluators), on_progress),
     )
-    return run.all_sites(evaluators, {} if found is None else found)
+    return run.all_sites(evaluators, {} if found is None else found, limit)
 
 
 def _validation(
@@ -143,6 +161,15 @@ def _dense(heads: int) -> SiteResult:
     return _site_result(none, np.ones(heads, dtype=bool), OFF)
 
 
+def _all_dense(evaluators: Mapping[str, Evaluator]) -> dict[str, SiteResult]:
+    return {site: _dense(evaluators[site].heads) for site in evaluators}
+
+
+def _keep(found: MutableMapping[str, SiteResult], sites: Mapping[str, SiteResult]) -> None:
+    for site, result in sites.items():
+        found[site] = result  # a caller's dict may watch its items; update() would pass it by
+
+
 @dataclass(slots=True)
 class _Progress:
     total: int
@@ -151,8 +178,11 @@ class _Progress:
 
     def step(self, phase: str, site: str) -> None:
         self.done += 1
+        self.tell(self.done, self.total, phase, site)
+
+    def tell(self, done: int, total: int, phase: str, site: str) -> None:
         if self.on_progress is not None:
-            self.on_progress(self.done, self.total, phase, site)
+            self.on_progress(done, total, phase, site)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,18 +197,59 @@ class _Run:
     progress: _Progress
 
     def all_sites(
-        self, evaluators: Mapping[str, Evaluator], found: MutableMapping[str, SiteResult]
+        self,
+        evaluators: Mapping[str, Evaluator],
+        found: MutableMapping[str, SiteResult],
+        limit: Limit[Mapping[str, SiteResult]] | None,
     ) -> Result:
         if self.goal.budget == 0.0:
-            found.update({site: _dense(evaluators[site].heads) for site in evaluators})
-            return Result({site: found[site] for site in evaluators}, None, self.trace)
+            _keep(found, _all_dense(evaluators))
+            return Result(_all_dense(evaluators), None, self.trace)
         curves: dict[str, Curves] = {}
         for site in evaluators:
             curves[site] = self.explore(site, evaluators[site], list(curves.values()))
+        if limit is not None:
+            return self.within(evaluators, curves, limit, found)
         plan = self.strategy.allocate(curves)
         for site in evaluators:
-            found[site] = self.finish(site, evaluators[site], plan.sites[site])
+            made = self.finish(site, evaluators[site], plan.sites[site])
+            self.progress.step("refine", site)
+            found[site] = made
         return Result({site: found[site] for site in evaluators}, plan.price, self.trace)
+
+    def within(
+        self,
+        evaluators: Mapping[str, Evaluator],
+        curves: Mapping[str, Curves],
+        limit: Limit[Mapping[str, SiteResult]],
+        found: MutableMapping[str, SiteResult],
+    ) -> Result:
+        """Of the mixes of `tuner.blend` the one that keeps the limit at the least density."""
+        strategy = cast(Priced, self.strategy)
+        best = Result(_all_dense(evaluators), None, self.trace)
+        for done, alike in enumerate(MIXES):
+            self.progress.tell(done, len(MIXES), "limit", f"{alike:.0%} one tau for all")
+
+            def candidate(price: float, alike: float = alike) -> Result:
+                plan = strategy.allocate(curves, price, alike)
+                sites = {
+                    site: self.finish(site, evaluators[site], plan.sites[site])
+                    for site in evaluators
+                }
+                return Result(sites, plan.price, self.trace)
+
+            def damage(made: Result) -> float:
+                nonlocal best
+                measured = limit.damage(made.sites)
+                if measured <= limit.most and made.mean_density < best.mean_density:
+                    best = replace(made, damage=measured)
+                    _keep(found, made.sites)  # an interrupt keeps it
+                return measured
+
+            least_price(candidate, Limit(limit.most, damage))
+        self.progress.tell(len(MIXES), len(MIXES), "limit", "")
+        _keep(found, best.sites)
+        return best
 
     def explore(self, site: str, evaluator: Evaluator, earlier: list[Curves]) -> Curves:
         curves = self.strategy.explore(Traced(evaluator, self.trace, site, "explore"), earlier)
@@ -190,7 +261,6 @@ class _Run:
         dense = ~found.feasible
         if site in self.validation:
             found, dense = self.validate(site, evaluator, found)
-        self.progress.step("refine", site)
         return _site_result(found, dense, lambdas_of(evaluator))
 
     def validate(self, site: str, evaluator: Evaluator, before: Found) -> tuple[Found, Bools]:

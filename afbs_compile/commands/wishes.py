@@ -15,6 +15,7 @@ NAMES = (
     "selector",
     "compensation",
     "min_length",
+    "tuning_budget_s",
     "cache_dir",
 )
 

@@ -160,3 +160,15 @@ def test_remove_takes_one_model_and_clear_takes_all(policy):
 def test_key_cannot_leave_the_folder():
     with pytest.raises(ValueError, match="model key"):
         cache.remove("../../etc/passwd")
+
+
+def test_unfinished_work_goes_with_the_policy(policy, private_cache):
+    cache.store(policy())
+    mine, other = (private_cache / "work" / f"{key}-1-2" for key in (KEY, "cd" * 16))
+    for folder in (mine, other):
+        folder.mkdir(parents=True)
+        (folder / "a.job").touch()
+    assert mine in cache.remove(KEY)
+    assert (mine.exists(), other.exists()) == (False, True)
+    cache.clear()
+    assert not other.exists()

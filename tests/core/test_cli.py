@@ -254,6 +254,20 @@ def test_tune(afbs, fake_tune, tiny_model, tmp_path):
     assert [i["input_ids"].shape for i in fake_tune["inputs"]] == [(1, 50), (1, 50)]
 
 
+def test_tune_shares_the_work(afbs, fake_tune, tiny_model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a" * 100)
+    arguments = ("tune", "--model", tiny_model, "--text", text, "--tokens", 64)
+    code, _, _ = afbs(*arguments, "--executor", "local", "--workers", 3, "--tuning-budget-s", 2)
+    assert code == 0
+    loader = fake_tune["options"].pop("loader")
+    assert fake_tune["options"] == {"executor": "local", "workers": 3, "tuning_budget_s": 2.0}
+    pairs = zip(loader().parameters(), fake_tune["module"].parameters(), strict=True)
+    assert all(mine.equal(theirs) for mine, theirs in pairs)
+    code, _, error = afbs(*arguments, "--workers", 3)
+    assert (code, "--executor" in error) == (1, True)
+
+
 def test_tune_of_calls_that_are_too_short(afbs, tiny_model, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("a" * 64)

@@ -69,6 +69,9 @@ def test_max_error_out_of_range(value):
         ({"policy": 3}, "give a path"),
         ({"policy": ""}, "give a path"),
         ({"cache_dir": b"x"}, "give a path"),
+        ({"tuning_budget_s": -1}, "'tuning_budget_s' is -1; give a number of seconds"),
+        ({"tuning_budget_s": float("inf")}, "number of seconds"),
+        ({"tuning_budget_s": True}, "number of seconds"),
         ({"strategy": "afbs_bo"}, "did you mean 'afbs-bo'.*give one of"),
         ({"evaluator": "guess"}, "profile, direct"),
         ({"fidelity": 1}, "query-blocks, sequence-length"),
@@ -108,6 +111,7 @@ def test_mean_error_defaults_to_a_share():
         ({"policy": Path("p")}, True),
         ({"cache_dir": Path("c")}, True),
         ({"min_length": 1}, True),
+        ({"tuning_budget_s": 1.0}, True),
         ({"inductor": {"debug": True}}, True),
     ],
 )

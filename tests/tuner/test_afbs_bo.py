@@ -36,7 +36,8 @@ def test_explores_cheaply_and_returns_monotone_curves(landscape, seed):
     assert np.all(np.diff(curves.error, axis=1) <= 0.0)
     assert np.all(np.diff(curves.density, axis=1) >= 0.0)
     assert np.all((curves.density >= 0.0) & (curves.density <= 1.0))
-    for values in arrays(curves)[1:]:
+    assert np.array_equal(curves.weight, np.ones(5))
+    for values in arrays(curves)[1:-1]:
         assert values.shape == (5, len(GRID))
         assert np.isfinite(values).all()
 

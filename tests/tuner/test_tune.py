@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from afbs_compile.tuner.limit import Limit
 from afbs_compile.tuner.objective import FULL, U_MAX, Measured, QueryBlocks
 from afbs_compile.tuner.strategies import STRATEGIES
 from afbs_compile.tuner.strategy import Goal
@@ -220,3 +221,59 @@ def test_bad_arguments_are_refused_before_anything_is_measured(landscape):
     with pytest.raises(ValueError, match="layer0, layer2"):
         tune(sites, Goal(0.1), validation={"layer1": sites["layer1"]}, trace=trace)
     assert trace.calls == 0
+
+
+def damage_of(sites):
+    """What a run end to end might say: no simple sum of the heads' errors."""
+    return float(sum(np.square(site.error).sum() for site in sites.values())) ** 0.7
+
+
+@settings(max_examples=10)
+@given(seed=st.integers(0, 10**6), most=st.floats(1e-3, 1.0))
+def test_a_limit_holds_at_the_least_density_that_was_seen(landscape, seed, most):
+    sites, seen, found = model(landscape, seed), [], {}
+
+    def damage(made):
+        density = np.mean([site.density.mean() for site in made.values()])
+        seen.append((density, damage_of(made)))
+        return seen[-1][1]
+
+    result = tune(sites, Goal(0.5), found=found, limit=Limit(most, damage))
+    assert found == result.sites
+    fitting = [density for density, done in seen if done <= most]
+    assert result.mean_density == pytest.approx(min(fitting, default=1.0))
+    if fitting:
+        assert result.damage == damage_of(result.sites) <= most
+    else:
+        assert result.damage is None
+        assert all(site.dense.all() for site in result.sites.values())
+    for site in result.sites.values():
+        assert np.all(site.error[~site.dense] <= 0.5)
+
+
+def test_a_looser_limit_is_sparser(landscape):
+    densities = [
+        tune(model(landscape), Goal(0.5), limit=Limit(most, damage_of)).mean_density
+        for most in (0.01, 0.1, 1.0)
+    ]
+    assert densities[0] > densities[1] > densities[2]
+
+
+def test_an_interrupt_keeps_the_best_within_the_limit(landscape):
+    found, done = {}, []
+
+    def damage(made):
+        done.append(damage_of(made))
+        if any(d <= 0.1 for d in done[:-1]):
+            raise KeyboardInterrupt
+        return done[-1]
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(model(landscape), Goal(0.5), found=found, limit=Limit(0.1, damage))
+    assert damage_of(found) <= 0.1
+    assert not all(site.dense.all() for site in found.values())
+
+
+def test_a_limit_needs_a_strategy_with_a_price(landscape):
+    with pytest.raises(ValueError, match="afbs-bo"):
+        tune(model(landscape), Goal(0.5), "bisect", limit=Limit(0.1, damage_of))
