@@ -55,7 +55,7 @@ class One:
 def measure(layer: Layer, selector: str, compensation: str = "none") -> Speed:
     """Time SDPA and the op on a layer's own tensors, interleaved."""
     heads = layer.q.shape[1]
-    direct = DirectEvaluator(One(layer), "timing", heads, selector, compensation)
+    direct = DirectEvaluator(One(layer), "timing", heads, selector, compensation=compensation)
     ends = [np.zeros(heads), np.full(heads, U_MAX)]
     densities = [float(direct(u, FULL).density.mean()) for u in ends]
     policies = [policy_at(1 - 10.0**-u, layer.q.device) for u in ends]

@@ -181,7 +181,7 @@ def test_compensation_is_tuned_and_run():
         sparse = []
         for site in runner.sites:
             heads = tuning.sites[site.name].heads
-            direct = DirectEvaluator(stream, site.name, site.heads, "sub8", name)
+            direct = DirectEvaluator(stream, site.name, site.heads, "sub8", compensation=name)
             found = direct(u_of_tau([min(h.tau, 0.9999) for h in heads]), FULL)
             sparse += [(e, h) for e, h in zip(found.error, heads, strict=True)
                        if h.mode == "sparse"]  # fmt: skip
