@@ -9,6 +9,8 @@ device time alone. What the host needs for a call is measured apart, by `host_us
 import functools
 import json
 import os
+import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -28,6 +30,7 @@ FLUSH_BYTES = 256 << 20  # several times the largest L2
 HOLD_MS = 1.5  # head start of the host, at least
 LONGEST_HOLD_MS = 25.0  # a call that takes the host longer waits for the device itself
 CALIBRATION_CYCLES = 20_000_000
+ABSOLUTE = re.compile(r"(?:(?<==)|^)/(?:[^/]+/)*")  # the folders of an absolute path
 
 
 class Event(Protocol):
@@ -187,7 +190,7 @@ def commit() -> str | None:
 
 
 def command() -> str:
-    """What was typed, without this machine's paths."""
+    """What was typed, as a shell reads it, without this machine's paths."""
     program, *arguments = sys.argv
     name = Path(program).name
     typed = [name] if name == "afbs" else ["python", program.removeprefix(f"{Path.cwd()}/")]
@@ -196,8 +199,8 @@ def command() -> str:
         if argument == "--output":
             arguments = arguments[1:]
         elif not argument.startswith("--output="):
-            typed.append(argument)
-    return " ".join(typed)
+            typed.append(ABSOLUTE.sub("", argument))
+    return shlex.join(typed)
 
 
 def document(name: str, rows: list[dict[str, Any]], notes: Iterable[str] = ()) -> dict[str, Any]:
