@@ -12,6 +12,7 @@ from pathlib import Path
 
 from afbs_compile import logs
 from afbs_compile.commands.errors import CommandError
+from afbs_compile.commands.quality_options import add_quality_options, add_retrieval_options
 from afbs_compile.options import EVALUATORS, FIDELITIES, SELECTORS, STRATEGIES
 from afbs_compile.policy import PolicyError
 from afbs_compile.versions import version
@@ -56,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     add_tune(commands.add_parser("tune", help="tune a local model ahead of time"))
     add_show(commands.add_parser("show", help="show a policy by site and head"))
     add_cache(commands.add_parser("cache", help="list, check and delete stored policies"))
-    add_bench(commands.add_parser("bench", help="measure the kernels on this machine's GPU"))
+    add_bench(commands.add_parser("bench", help="measure kernels, quality and retrieval"))
     add_doctor(commands.add_parser("doctor", help="check what this machine can do"))
     return top
 
@@ -150,9 +151,15 @@ def add_cache(command: argparse.ArgumentParser) -> None:
 
 def add_bench(command: argparse.ArgumentParser) -> None:
     """`afbs bench`."""
-    command.add_argument("what", choices=("attention",), help="against its rivals")
-    add_bench_options(command)
-    add_json(command)
+    kinds = command.add_subparsers(dest="what", metavar="WHAT", required=True)
+    for name, about, add in (
+        ("attention", "the kernels of a GPU against their rivals", add_bench_options),
+        ("quality", "perplexity and KL of a language model by setting", add_quality_options),
+        ("retrieval", "what a language model still finds by setting", add_retrieval_options),
+    ):
+        kind = kinds.add_parser(name, help=about)
+        add(kind)
+        add_json(kind)
 
 
 def add_bench_options(command: argparse.ArgumentParser) -> None:

@@ -78,9 +78,7 @@ def smollm2(cache_dir: Path, dtype: torch.dtype | None = None) -> LanguageModel:
     return loaded(folder, "SmolLM2-135M-Instruct", dtype, gguf_file=GGUF)
 
 
-def loaded(
-    folder: Path, name: str, dtype: torch.dtype | None = None, **how: str
-) -> LanguageModel:
+def loaded(folder: Path, name: str, dtype: torch.dtype | None = None, **how: str) -> LanguageModel:
     """The model in `folder`, in `dtype`; by default float32 on a CPU and bfloat16 on a GPU."""
     if missing := [package for package in NEEDED if not importlib.util.find_spec(package)]:
         raise CommandError(
