@@ -73,8 +73,8 @@ def key_value(tokens: Tokens, filler: Tensor, depth: float, seed: int) -> Proble
 
 def copy(tokens: Tokens, filler: Tensor, depth: float, seed: int) -> Problem:
     """Random tokens of the filler's vocabulary, and their beginning again at the end."""
-    made = torch.Generator().manual_seed(hash(("copy", seed, depth)) % 2**63)
-    passage = filler[torch.randint(len(filler), (COPIED,), generator=made)]
+    draw = random.Random(f"copy {seed} {depth}")
+    passage = filler[[draw.randrange(len(filler)) for _ in range(COPIED)]]
     mark = tokens("\n\n>>> ")
     return problem(
         "copy",

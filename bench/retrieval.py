@@ -17,7 +17,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from afbs_compile.bench import harness, recall, settings, subject
+from afbs_compile.bench import harness, recall, subject
 from afbs_compile.bench.divergence import divergence
 from afbs_compile.bench.ledger import Ledger, Row
 from afbs_compile.bench.recall import TASKS, Problem
@@ -106,8 +106,8 @@ def measured(
         if not left:
             continue
         if ledger.over():
-            ledger.notes.append(f"left out for want of time: {text.name}, window {window}, "
-                                f"{length} tokens, from {problem.task} {problem.depth:g} on")  # fmt: skip
+            at = f"{text.name}, window {window}, {length} tokens"
+            ledger.notes.append(f"left out: {at}, from {problem.task} {problem.depth:g} on")
             return
         inputs = found.model.inputs(problem.ids)
         dense = asked(found.variants.dense(inputs), problem)
