@@ -12,6 +12,7 @@ from pathlib import Path
 
 from afbs_compile import logs
 from afbs_compile.commands.errors import CommandError
+from afbs_compile.commands.quality_options import add_quality_options, add_retrieval_options
 from afbs_compile.commands.tuner_options import add_tuner_options
 from afbs_compile.options import (
     COMPENSATIONS,
@@ -64,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     add_tune(commands.add_parser("tune", help="tune a local model ahead of time"))
     add_show(commands.add_parser("show", help="show a policy by site and head"))
     add_cache(commands.add_parser("cache", help="list, check and delete stored policies"))
-    add_bench(commands.add_parser("bench", help="measure kernels and search strategies"))
+    add_bench(commands.add_parser("bench", help="measure kernels, quality and search strategies"))
     add_doctor(commands.add_parser("doctor", help="check what this machine can do"))
     return top
 
@@ -177,6 +178,8 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     for name, about, add in (
         ("attention", "the kernels of a GPU against their rivals", add_bench_options),
         ("tuner", "search strategies side by side on a language model", add_tuner_options),
+        ("quality", "perplexity and KL of a language model by setting", add_quality_options),
+        ("retrieval", "what a language model still finds by setting", add_retrieval_options),
     ):
         kind = kinds.add_parser(name, help=about)
         add(kind)

@@ -127,7 +127,38 @@ def everything(document: Document) -> list[str]:
     return [f"With every block kept, the whole op: {span}; such sites stay SDPA."]
 
 
-TABLES = {"demo": ("demo_cpu", demo), "attention": ("attention", attention)}
+def quality(document: Document) -> str:
+    """Sparsity at +1 % perplexity by family, and KL per token at 70 % sparsity."""
+    from afbs_compile.bench import frontier  # other tables are made without the package
+
+    curves = {
+        group: frontier.families(points)
+        for group, points in frontier.groups(document["rows"]).items()
+    }
+    names = list(dict.fromkeys(name for found in curves.values() for name in found))
+    lines = [f"| model, text, tokens | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for (model, _, text, tokens), found in curves.items():
+        cells = [cell(frontier, found[name]) if name in found else "–" for name in names]
+        lines.append(f"| {model}, {text}, {tokens} | {' | '.join(cells)} |")
+    about = (
+        f"Sparsity at +{frontier.BUDGET:g} % perplexity (KL per token at "
+        f"{frontier.SPARSITY:.0%} sparsity); < and >: the curve ends there."
+    )
+    return "\n".join([*lines, "", about, origin(document)])
+
+
+def cell(frontier: Any, curve: list[Any]) -> str:
+    """A family's curve, read both ways."""
+    signs = {"at": "", "below": "< ", "above": "> "}
+    sparsity, kl = frontier.sparsity_at(curve), frontier.kl_at(curve)
+    return f"{signs[sparsity.where]}{sparsity.value:.2f} ({signs[kl.where]}{kl.value:.3f})"
+
+
+TABLES = {
+    "demo": ("demo_cpu", demo),
+    "attention": ("attention", attention),
+    "quality": ("quality", quality),
+}
 
 
 def rendered(text: str) -> str:

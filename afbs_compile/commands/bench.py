@@ -1,4 +1,4 @@
-"""`afbs bench`: what the kernels do on this machine, and how good which search strategy is."""
+"""`afbs bench`: what do kernels, selection, tuning and search strategies reach on this machine?"""
 
 from argparse import Namespace
 
@@ -7,7 +7,8 @@ from afbs_compile.commands.output import emit_json, emit_text
 
 def run(args: Namespace) -> int:
     """Measure, and print tables or the whole result."""
-    return {"attention": attention, "tuner": tuner}[args.what](args)
+    kinds = {"attention": attention, "tuner": tuner, "quality": quality, "retrieval": retrieval}
+    return kinds[args.what](args)
 
 
 def attention(args: Namespace) -> int:
@@ -31,4 +32,30 @@ def tuner(args: Namespace) -> int:
         emit_json(document)
     else:
         tuner_show.show(document)
+    return 0
+
+
+def quality(args: Namespace) -> int:
+    """Perplexity and KL by setting."""
+    from afbs_compile.bench import quality, quality_show
+
+    document = quality.run(args, args.output)
+    if args.plot:
+        quality_show.draw(document, args.plot)
+    if args.json:
+        emit_json(document)
+    else:
+        quality_show.show(document)
+    return 0
+
+
+def retrieval(args: Namespace) -> int:
+    """What is still found, by setting."""
+    from afbs_compile.bench import retrieval
+
+    document = retrieval.run(args, args.output)
+    if args.json:
+        emit_json(document)
+    else:
+        retrieval.show(document)
     return 0

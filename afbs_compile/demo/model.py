@@ -50,19 +50,19 @@ class LanguageModel:
         return {"input_ids": window[None].to(self.device), "use_cache": False}
 
 
-def from_folder(folder: Path) -> LanguageModel:
-    """Any local Hugging Face causal language model.
+def from_folder(folder: Path, dtype: torch.dtype | None = None) -> LanguageModel:
+    """Any local Hugging Face causal language model; `dtype` as in `loaded`.
 
     Raises:
         CommandError: There is no such model, or a package is missing.
     """
     if not (folder / "config.json").is_file():
         raise CommandError(f"{folder} holds no config.json; give the folder of a saved model")
-    return loaded(folder, folder.resolve().name)
+    return loaded(folder, folder.resolve().name, dtype)
 
 
-def smollm2(cache_dir: Path) -> LanguageModel:
-    """SmolLM2-135M-Instruct, downloaded once into `cache_dir`.
+def smollm2(cache_dir: Path, dtype: torch.dtype | None = None) -> LanguageModel:
+    """SmolLM2-135M-Instruct, downloaded once into `cache_dir`; `dtype` as in `loaded`.
 
     Raises:
         CommandError: It cannot be downloaded or is damaged, or a package is missing.
@@ -75,11 +75,11 @@ def smollm2(cache_dir: Path) -> LanguageModel:
         raise CommandError(
             f"the model cannot be kept in {folder}: {error}; set AFBS_CACHE_DIR or --cache-dir"
         ) from error
-    return loaded(folder, "SmolLM2-135M-Instruct", gguf_file=GGUF)
+    return loaded(folder, "SmolLM2-135M-Instruct", dtype, gguf_file=GGUF)
 
 
-def loaded(folder: Path, name: str, **how: str) -> LanguageModel:
-    """The model in `folder`: float32 on a CPU, bfloat16 on a GPU."""
+def loaded(folder: Path, name: str, dtype: torch.dtype | None = None, **how: str) -> LanguageModel:
+    """The model in `folder`, in `dtype`; by default float32 on a CPU and bfloat16 on a GPU."""
     if missing := [package for package in NEEDED if not importlib.util.find_spec(package)]:
         raise CommandError(
             f'{", ".join(missing)} not installed; run `pip install "afbs-compile[demo]"`'
@@ -92,7 +92,9 @@ def loaded(folder: Path, name: str, **how: str) -> LanguageModel:
     except (OSError, ValueError) as error:
         raise CommandError(f"the model in {folder} cannot be loaded: {error}") from error
     if torch.cuda.is_available():
-        module = module.to("cuda", torch.bfloat16)
+        module = module.to("cuda", dtype or torch.bfloat16)
+    elif dtype is not None:
+        module = module.to(dtype)
     return LanguageModel(name, module.eval().requires_grad_(False), tokenizer)
 
 

