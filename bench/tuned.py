@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,7 +90,7 @@ def tune(setting: Setting, model: LanguageModel, calibration: Calibration, lengt
     inputs = [model.inputs(w) for w in windows.in_turn(calibration.windows(length))]
     torch._dynamo.reset()  # else the graphs of many settings meet the limit of recompilations
     with tempfile.TemporaryDirectory() as empty:
-        options = {"min_length": 1, "cache_dir": empty} | dict(setting.options)
+        options: dict[str, Any] = {"min_length": 1, "cache_dir": empty, **setting.options}
         try:
             return afbs_compile.tune(model.module, inputs, **options)
         except ValueError as error:

@@ -96,12 +96,14 @@ def attention(
             q, k, v, policy, mask=mask, scale=scale, selector=selector
         )
     else:
-        blocks = {"block_m": block_m, "block_n": block_n}
         counts, indices = selection.select(
             q, k, policy, mask=mask, scale=scale, selector=selector,
-            core=dispatch.fused_scores(q, k, selector), **blocks,
+            core=dispatch.fused_scores(q, k, selector), block_m=block_m, block_n=block_n,
         )  # fmt: skip
-        o = flex.forward(q, k, v, counts, indices, policy, mask=mask, scale=scale, **blocks)
+        o = flex.forward(
+            q, k, v, counts, indices, policy, mask=mask, scale=scale,
+            block_m=block_m, block_n=block_n,
+        )  # fmt: skip
     qb, kb = Blocks.of(q.shape[2], block_m, q.device), Blocks.of(k.shape[2], block_n, q.device)
     meter.kept = meter.kept + counts.sum(dtype=torch.float64)
     meter.visible += float(site_visible(mask, qb, kb).sum()) * q.shape[0] * q.shape[1]
