@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from afbs_compile import cli
-from afbs_compile.bench import recall, retrieval, settings, tuned
+from afbs_compile import recall
+from afbs_compile.bench import retrieval, settings, tuned
 from afbs_compile.bench.tuned import Calibration
 from afbs_compile.bench.variants import Thresholds, Variants
 from afbs_compile.bench.windows import Text
