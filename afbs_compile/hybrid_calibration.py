@@ -56,9 +56,7 @@ def reading(model: LanguageModel, windows: Sequence[Tensor], window: int) -> Sam
     return Sample(call(model, ids, places), TEXT, rows, ids[:, places + 1].flatten(), rows)
 
 
-def asking(
-    model: LanguageModel, task: str, windows: Sequence[Tensor], seed: int
-) -> Sample:
+def asking(model: LanguageModel, task: str, windows: Sequence[Tensor], seed: int) -> Sample:
     """A question in each window, at depths in turn."""
     problems = [
         TASKS[task](model.tokens, filler, depth_of(n, seed), seed + n)
@@ -89,7 +87,7 @@ def depth_of(n: int, seed: int) -> float:
 
 
 def call(model: LanguageModel, ids: Tensor, places: Tensor) -> dict[str, Any]:
-    """The model's arguments for documents [B, L] and the places whose predictions are asked for."""
+    """The model's arguments for documents [B, L] and places whose predictions are asked for."""
     device = model.device
     return {
         "input_ids": ids.to(device),

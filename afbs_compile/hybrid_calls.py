@@ -56,8 +56,8 @@ def called(graphs: Sequence[Recorded], before: Sequence[int]) -> Recorded:
         raise Unsuitable(
             "the model has no attention call that can be rewritten"
             if not ran
-            else f"the model compiles to {len(ran)} graphs with attention; windowed heads need one:"
-            " remove the graph break (torch._dynamo.explain names it)"
+            else f"the model compiles to {len(ran)} graphs with attention; windowed heads need "
+            "one: remove the graph break (torch._dynamo.explain names it)"
         )
     return ran[0]
 

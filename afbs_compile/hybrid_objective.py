@@ -79,7 +79,7 @@ class Evaluator:
         return torch.where(mask, self.window_row, self.dense_row)
 
     def outputs(self, bits: Bits, n: int) -> Tensor:
-        """Logits `[N, V]` of one call."""
+        """Logits `[..., V]` of one call."""
         policy = self.policy(bits)
         if self.runs is None:
             each = self.memory_bytes // len(self.calls)
@@ -88,7 +88,7 @@ class Evaluator:
         ends = np.cumsum(self.layout.groups)
         starts = ends - np.array(self.layout.groups)
         keys = [name[a:b] for a, b in zip(starts, ends, strict=True)]
-        return logits_of(self.runs[n].run(keys, policy)).flatten(0, -2)
+        return logits_of(self.runs[n].run(keys, policy))
 
     def dense_passes(self) -> float:
         """How many passes of all calls the runs so far amount to, by their layers."""
@@ -101,9 +101,8 @@ class Evaluator:
         none = np.zeros(self.layout.size, dtype=bool)
         for n, call in enumerate(self.calls[len(self.dense) :], len(self.dense)):
             logits = self.outputs(none, n)
-            shape = logits_of_shape(logits, call)
-            counted = wanted(call.sample, shape, call.args)
-            self.dense.append((counted, log_softmax(logits[counted.rows])))
+            counted = wanted(call.sample, logits, call.args)
+            self.dense.append((counted, predictions(logits, counted)))
 
     @torch.no_grad()
     def __call__(self, bits: Bits) -> Tensor:
@@ -111,7 +110,7 @@ class Evaluator:
         self.prepare()
         found = []
         for n, (counted, dense) in enumerate(self.dense):
-            ours = log_softmax(self.outputs(bits, n)[counted.rows])
+            ours = predictions(self.outputs(bits, n), counted)
             found.append(figures(dense, ours, counted))
         return torch.stack(found)
 
@@ -121,26 +120,16 @@ def windowed(window: int, sink: int) -> Head:
     return Head("window", 1.0, window=window, sink=sink, neighbours=0)
 
 
-def logits_of_shape(logits: Tensor, call: Call) -> Tensor:
-    """Flat logits `[N, V]` in the shape of the call's tokens, if it has as many."""
-    for x in call.args:
-        if isinstance(x, Tensor) and x.dtype in (torch.int64, torch.int32) and x.dim() == 2:
-            if x.numel() == len(logits):
-                return logits.view(*x.shape, -1)
-    return logits
-
-
-def log_softmax(logits: Tensor) -> Tensor:
-    """In fp32, a chunk of rows at a time."""
-    return torch.cat([part.float().log_softmax(-1) for part in torch.split(logits, CHUNK)])
+def predictions(logits: Tensor, counted: Wanted) -> Tensor:
+    """Log-probabilities `[R, V]` of what counts, in fp32, a chunk of rows at a time."""
+    rows = torch.split(logits.flatten(0, -2)[counted.rows], CHUNK)
+    return torch.cat([part.float().log_softmax(-1) for part in rows])
 
 
 def figures(dense: Tensor, ours: Tensor, counted: Wanted) -> Tensor:
     """KL, surprise and share of right answers `[3]` from log-probabilities `[R, V]`."""
-    kl = sum(
-        (p.exp() * (p - q)).sum(dtype=torch.float64)
-        for p, q in zip(torch.split(dense, CHUNK), torch.split(ours, CHUNK), strict=True)
-    )
+    pairs = zip(torch.split(dense, CHUNK), torch.split(ours, CHUNK), strict=True)
+    kl = torch.stack([(p.exp() * (p - q)).sum(dtype=torch.float64) for p, q in pairs]).sum()
     known = counted.targets >= 0
     surprise = nll_loss(ours, counted.targets.clamp(min=0), reduction="none") * known
     wrong = (ours.argmax(-1) != counted.targets) & known

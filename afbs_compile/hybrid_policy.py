@@ -36,9 +36,7 @@ def sites_of(
         device_type: Whose blocks it counts.
     """
     layout = Layout(tuple(site.kv_heads for site in sites))
-    local = replace(
-        windowed(window, sink), density=density(window, sink, length, device_type)
-    )
+    local = replace(windowed(window, sink), density=density(window, sink, length, device_type))
     result = {}
     for n, site in enumerate(sites):
         repeat = site.heads // site.kv_heads

@@ -1,4 +1,4 @@
-"""What is a choice of windowed heads judged on? Calls of the model, and which predictions count."""
+"""What are windowed heads judged on? Calls of the model, and which predictions count."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -175,7 +175,7 @@ def hybridize(
             on_progress = stack.enter_context(Progress())
         ready = subject(model, samples, asked)
         stack.enter_context(ready.store)
-        task = Task(loader or model, cpu(samples), asked) if executor else None
+        task = Task(loader or model, cpu(samples) if executor else samples, asked)
         stack.enter_context(helpers(executor, workers, functools.partial(assist, task)))
         found, losses, seconds = searched(ready, asked, on_progress)
     policy = policy_of(ready, asked, found, losses, seconds)

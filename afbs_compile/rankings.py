@@ -49,7 +49,8 @@ def ranking(name: str, evaluator: Evaluator, *, window: int, sink: int, seed: in
         fisher(call, counted.rows, window, sink, generator)
         for call, (counted, _) in zip(calls, evaluator.dense, strict=True)
     ]
-    return np.mean(per_task(found, [call.sample.task for call in calls]), 0)
+    tasks = per_task(found, [call.sample.task for call in calls])
+    return np.asarray(np.mean(tasks, 0), dtype=np.float64)
 
 
 def per_task(found: Sequence[Floats], tasks: Sequence[str]) -> list[Floats]:

@@ -2,7 +2,7 @@
 
 What a graph computes before a site hangs on the policies of the sites before it alone. So the
 values that are alive at a site are kept under those policies, and a run with an equal beginning
-goes on from there. The least recently used go when memory is full. Nothing here waits for a device.
+goes on from there. The least recently used go when memory is full. Nothing waits for a device.
 """
 
 from collections import OrderedDict

@@ -24,7 +24,7 @@ from afbs_compile.tuner.surrogate import fit
 from afbs_compile.tuner.tally import Objective, OnBest, Stop, Tally, silent
 
 STAGES = ("probes", "ratios", "groups", "exchange")
-PROBING = 0.15 # of the budget at most, for stage 1
+PROBING = 0.15  # of the budget at most, for stage 1
 GROUPED = 0.5  # of what is left then, for the groups; the rest is for exchanges
 WIDEST = 48  # bits of a group: direct search gets lost in more
 
@@ -181,9 +181,7 @@ class Walk:
         self.tally.stage = "probes"
         each = int(PROBING * self.wanted.budget) // self.layout.layers
         if each:
-            found = cascade(
-                self.tally, self.layout, self.wanted.ratio, self.prior, each, self.rng
-            )
+            found = cascade(self.tally, self.layout, self.wanted.ratio, self.prior, each, self.rng)
             self.cost = found.cost
 
     def adapt(self, bits: Bits) -> tuple[Bits, Ints]:
@@ -191,9 +189,8 @@ class Walk:
         self.tally.stage = "ratios"
         strings, losses = self.tally.evidence()
         harm = fit(strings, losses, self.layout, self.prior, bits).harms()
-        cost = self.cost
-        if cost is None:
-            cost = np.bincount(self.layout.layer, harm, self.layout.layers)
+        by_layer: Floats = np.bincount(self.layout.layer, harm, self.layout.layers)
+        cost = by_layer if self.cost is None else self.cost
         counts = ratios.adapted(cost, self.layout, self.wanted.ratio, self.levels())
         choice = self.chosen(counts, harm)
         self.tally([choice])

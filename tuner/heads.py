@@ -84,7 +84,7 @@ def with_counts(harm: Floats, layout: Layout, counts: Sequence[int] | Ints) -> B
         lowest(harm, layout.bits_of(layer), int(count), layout.size)
         for layer, count in enumerate(counts)
     ]
-    return np.logical_or.reduce(chosen)
+    return np.asarray(np.logical_or.reduce(chosen), dtype=np.bool_)
 
 
 def text(bits: Bits) -> str:

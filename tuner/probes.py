@@ -1,9 +1,9 @@
 """What does it cost to window some heads of a layer? Stage 1 of BOSCH, arXiv 2604.05942.
 
 From the top layer to the bottom one: a few choices of the asked share of the layer's heads are
-tried, with the layers above left as they were decided; the best one is kept. A layer's cost is what
-the loss went up by. Resuming the forward pass at the first changed layer makes a probe of layer l
-cost L − l layers.
+tried, with the layers above left as they were decided; the best one is kept. A layer's cost is by
+what the loss went up. Resuming the forward pass at the first changed layer makes a probe of layer
+l cost L − l layers.
 """
 
 import math

@@ -26,9 +26,7 @@ def levels_of(layout: Layout, levels: Sequence[int] | None) -> list[list[int]]:
         return [list(range(groups + 1)) for groups in layout.groups]
     if not levels or min(levels) < 0:
         raise Impossible(f"levels are {list(levels)}; needed: numbers of groups a layer, ≥ 0")
-    return [
-        sorted({level for level in levels if level <= groups}) for groups in layout.groups
-    ]
+    return [sorted({level for level in levels if level <= groups}) for groups in layout.groups]
 
 
 def adapted(
@@ -69,7 +67,7 @@ def nearest(
     Raises:
         Impossible: No levels add up to it.
     """
-    least = {0: (0.0, ())}
+    least: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     for layer, options in enumerate(allowed):
         following: dict[int, tuple[float, tuple[int, ...]]] = {}
         for sum_, (price, path) in least.items():

@@ -17,7 +17,7 @@ Objective = Callable[[Sequence[Bits]], Sequence[float]]
 """Losses of some choices of windowed heads, smaller is better."""
 
 
-class Stop(Exception):  # noqa: N818  nothing is wrong
+class Stop(Exception):
     """Raised by an objective when it is enough; what was evaluated counts."""
 
 

@@ -6,8 +6,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from afbs_compile import cli
-from afbs_compile import recall
+from afbs_compile import cli, recall
 from afbs_compile.bench import retrieval, settings, tuned
 from afbs_compile.bench.tuned import Calibration
 from afbs_compile.bench.variants import Thresholds, Variants
