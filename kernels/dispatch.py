@@ -83,7 +83,7 @@ def attention(
             q, k, v, policy, mask=mask, scale=scale, selector=selector
         )
         return compensated(o, lse, q, k, v, counts, indices, policy, mask, scale) if tangent else o
-    return on_cpu(q, k, v, policy, mask, scale, selector, tangent)
+    return on_cpu(q, k, v, policy, mask, scale, selector, tangent)[0]
 
 
 def on_cpu(
@@ -95,22 +95,24 @@ def on_cpu(
     scale: float,
     selector: str,
     tangent: bool,
-) -> Tensor:
-    """`attention` without a GPU."""
+) -> tuple[Tensor, Tensor]:
+    """`attention` without a GPU: `o`, and how many blocks each query block visited."""
     block_m, block_n = block_sizes(q.device.type)
-    lists = selection.select(
+    counts, indices = selection.select(
         q, k, policy, mask=mask, scale=scale, selector=selector, block_m=block_m, block_n=block_n,
         core=fused_scores(q, k, selector),
     )  # fmt: skip
     beside = None
     if tangent:
         beside = tangents.attend(
-            q, k, v, *lists, policy, mask=mask, scale=scale, block_m=block_m, block_n=block_n
-        )
-    return flex.forward(
-        q, k, v, *lists, policy,
+            q, k, v, counts, indices, policy,
+            mask=mask, scale=scale, block_m=block_m, block_n=block_n,
+        )  # fmt: skip
+    o = flex.forward(
+        q, k, v, counts, indices, policy,
         mask=mask, scale=scale, block_m=block_m, block_n=block_n, beside=beside,
     )  # fmt: skip
+    return o, counts
 
 
 def select_and_attend(
