@@ -28,6 +28,7 @@ from afbs_compile.runner import RUNNERS
 from afbs_compile.shelf import Shelf
 
 LengthOf = Callable[[nn.Module, Sequence[Any], Mapping[str, Any]], int | None]
+Plain = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 Signature = tuple[tuple[int, ...], ...]
 MOST_SIGNATURES = 256
 
@@ -47,7 +48,11 @@ class Engine:
     """The attention of one root module; its policies are on a shelf."""
 
     def __init__(
-        self, root: nn.Module, options: Options, length_of: LengthOf | None = None
+        self,
+        root: nn.Module,
+        options: Options,
+        length_of: LengthOf | None = None,
+        plain: Plain | None = None,
     ) -> None:
         """Watch `root`.
 
@@ -55,8 +60,10 @@ class Engine:
             root: The module whose weights name the model, as `torch.compile` would be given it.
             options: As of `torch.compile`.
             length_of: The longest key length of a call of `root`, if its inputs show it.
+            plain: Keyword arguments without what means nothing, such as a mask that hides nothing.
         """
-        self.root, self.options, self.length_of = weakref.ref(root), options, length_of
+        self.root, self.options = weakref.ref(root), options
+        self.length_of, self.plain = length_of, plain
         self.shelf = Shelf(root, options)
         self.rulings: dict[tuple[int, str, torch.device], Ruling] = {}
         self.lengths: dict[Signature, int] = {}
@@ -90,7 +97,8 @@ class Engine:
             return
         expected = self.expected(root, args, kwargs)
         if self.worth_tuning(root, args, kwargs, expected):
-            expected = self.shelf.tune(root, args, kwargs, expected)
+            given = self.plain(kwargs) if self.plain else kwargs
+            expected = self.shelf.tune(root, args, given, expected)
             self.rulings.clear()
         self.here.calls.clear()
         self.here.longest = expected or 0

@@ -31,6 +31,15 @@ class Running(threading.local):
         self.modes: list[Intercept | None] = []
 
 
+class Nothing:
+    """What is left of our hooks in a pickled module: they do nothing."""
+
+    def __call__(self, *_: Any) -> None:
+        """Do nothing."""
+
+    enter = leave = __call__
+
+
 class Step:
     """A hook at the begin (`path` is the module's) or the end (None) of a module's call."""
 
@@ -44,7 +53,7 @@ class Step:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickled module comes back without interception."""
-        return Step, (Running(), self.path)
+        return Nothing, ()
 
     def __call__(self, *_: Any) -> None:
         """A module's call begins or ends."""
@@ -159,16 +168,6 @@ class Sparse:
     ) -> None:
         """Dense again."""
         self.remove()
-
-
-class Nothing:
-    """What is left of `Sparse` in a pickled module: hooks that do nothing."""
-
-    def enter(self, *_: Any) -> None:
-        """Do nothing."""
-
-    def leave(self, *_: Any) -> None:
-        """Do nothing."""
 
 
 def sparse(model: nn.Module, **options: Any) -> Sparse:

@@ -73,7 +73,7 @@ def enable(model: PreTrainedModel, **options: Any) -> Engine:
     if (before := ENGINES.get(model)) is not None:
         before.remove()
     CALLERS.clear()
-    return Engine(model, wishes, length_of)
+    return Engine(model, wishes, length_of, plain)
 
 
 def disable(model: PreTrainedModel) -> None:
@@ -153,7 +153,7 @@ def caller_of(module: nn.Module) -> tuple[Engine, str] | None:
             )
             CALLERS[module] = None
             return None
-        engine = ENGINES.get(root) or Engine(root, DEFAULTS[0], length_of)
+        engine = ENGINES.get(root) or Engine(root, DEFAULTS[0], length_of, plain)
         CALLERS[module] = engine, path_in(root, module) or "model"
     return CALLERS[module]
 
@@ -194,3 +194,19 @@ def length_of(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     cache: Any = kwargs.get("past_key_values")
     seen = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
     return int(given.shape[1]) + int(seen)
+
+
+def plain(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A call's keywords without an attention mask that hides no token."""
+    mask = kwargs.get("attention_mask")
+    parts = mask.values() if isinstance(mask, Mapping) else [mask]
+    if all(hides_nothing(part) for part in parts):
+        return {name: value for name, value in kwargs.items() if name != "attention_mask"}
+    return kwargs
+
+
+def hides_nothing(mask: Any) -> bool:
+    """Is a mask what the model makes of none?"""
+    if mask is None or isinstance(mask, DescribedMask):
+        return True
+    return isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all())
