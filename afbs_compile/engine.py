@@ -28,7 +28,7 @@ from afbs_compile.runner import RUNNERS
 from afbs_compile.shelf import Shelf
 
 LengthOf = Callable[[nn.Module, Sequence[Any], Mapping[str, Any]], int | None]
-Plain = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+Plain = Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
 Signature = tuple[tuple[int, ...], ...]
 MOST_SIGNATURES = 256
 
@@ -60,7 +60,8 @@ class Engine:
             root: The module whose weights name the model, as `torch.compile` would be given it.
             options: As of `torch.compile`.
             length_of: The longest key length of a call of `root`, if its inputs show it.
-            plain: Keyword arguments without what means nothing, such as a mask that hides nothing.
+            plain: Keyword arguments without what means nothing, such as a mask that hides nothing;
+                None if the call is none to tune with.
         """
         self.root, self.options = weakref.ref(root), options
         self.length_of, self.plain = length_of, plain
@@ -98,7 +99,8 @@ class Engine:
         expected = self.expected(root, args, kwargs)
         if self.worth_tuning(root, args, kwargs, expected):
             given = self.plain(kwargs) if self.plain else kwargs
-            expected = self.shelf.tune(root, args, given, expected)
+            if given is not None:
+                expected = self.shelf.tune(root, args, given, expected)
             self.rulings.clear()
         self.here.calls.clear()
         self.here.longest = expected or 0

@@ -196,13 +196,13 @@ def length_of(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     return int(given.shape[1]) + int(seen)
 
 
-def plain(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A call's keywords without an attention mask that hides no token."""
+def plain(kwargs: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """A call's keywords without an attention mask; None if the mask hides a token."""
     mask = kwargs.get("attention_mask")
     parts = mask.values() if isinstance(mask, Mapping) else [mask]
     if all(hides_nothing(part) for part in parts):
         return {name: value for name, value in kwargs.items() if name != "attention_mask"}
-    return kwargs
+    return None
 
 
 def hides_nothing(mask: Any) -> bool:
