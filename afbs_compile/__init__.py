@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from afbs_compile.ahead import tune
+    from afbs_compile.hybrid_cache import HybridCache
     from afbs_compile.policy import Policy
     from afbs_compile.report import explain
     from afbs_compile.runner import use_policy
 
 __version__ = "0.1.0"
-__all__ = ["Policy", "explain", "tune", "use_policy"]
+__all__ = ["HybridCache", "Policy", "explain", "tune", "use_policy"]
 
 HOMES = {
+    "HybridCache": "afbs_compile.hybrid_cache",
     "Policy": "afbs_compile.policy",
     "explain": "afbs_compile.report",
     "tune": "afbs_compile.ahead",

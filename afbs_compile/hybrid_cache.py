@@ -17,7 +17,8 @@ from afbs_compile.hybrid_attention import Arriving
 from afbs_compile.hybrid_layout import Layout, kept_by_group, layout, sites_by_layer, tuning_for
 from afbs_compile.policy import Policy, Site
 
-class HybridLayer(CacheLayerMixin):  # type: ignore[misc]
+
+class HybridLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """The cache of one layer. Row b of all tensors is sequence b.
 
     Attributes:
@@ -29,6 +30,10 @@ class HybridLayer(CacheLayerMixin):  # type: ignore[misc]
         filled: Whether there may be tokens.
     """
 
+    keys: Any
+    values: Any
+    lengths: Any
+    cumulative_length: Any
     is_compileable = True
     is_sliding = False
     is_croppable = False
@@ -41,7 +46,7 @@ class HybridLayer(CacheLayerMixin):  # type: ignore[misc]
         selector: str = "sub8",
         min_length: int = 2048,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.layout, self.max_batch = layout, max_batch
         self.policy, self.selector, self.min_length = policy, selector, min_length
         self.cumulative_length = torch.tensor(0, dtype=torch.long)
@@ -61,7 +66,7 @@ class HybridLayer(CacheLayerMixin):  # type: ignore[misc]
         hybrid_store.allocate(self, key_states, value_states)
         self.is_initialized = True
 
-    def update(
+    def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Arriving, Tensor]:
         """Hand the new tokens on to the attention function, which knows the padding and stores."""
@@ -144,8 +149,10 @@ class HybridLayer(CacheLayerMixin):  # type: ignore[misc]
         raise ValueError("a HybridCache does not change its batch; select inputs instead")
 
 
-class HybridCache(Cache):  # type: ignore[misc]
+class HybridCache(Cache):
     """Keys and values of all layers, each KV head with the tokens that it reads."""
+
+    layers: Any
 
     def __init__(self, layers: Sequence[HybridLayer]) -> None:
         """A cache of these layers; `from_policy` makes them."""
@@ -195,7 +202,9 @@ class HybridCache(Cache):  # type: ignore[misc]
         """Take the memory now, as a compiled prefill and `torch.export` need."""
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = [layer.layout.kv_heads for layer in self.layers]
-        self.early_initialization(self.layers[0].max_batch, heads, dim, dtype, torch.device(device))
+        self.early_initialization(
+            self.layers[0].max_batch, heads, dim, dtype, torch.device(device)
+        )
 
     @property
     def size_bytes(self) -> int:
@@ -226,5 +235,6 @@ def plan(site: Site | None, config: Any, longest: int) -> Layout:
 
 def rows(site: Site | None) -> Tensor | None:
     """The policy tensor of a site, or None if it is dense."""
-    dense = site is None or site.decision == "dense"
-    return None if dense else policy_tensor.to_tensor(site)
+    if site is None or site.decision == "dense":
+        return None
+    return policy_tensor.to_tensor(site)

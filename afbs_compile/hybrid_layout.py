@@ -1,9 +1,9 @@
 """Which tokens does each KV head of a layer keep, and where? A policy as a plan for memory.
 
-A layer's cache is one matrix `[rows, D]` a sequence. Heads that keep alike form a span of it: those
-that keep everything first, `longest` rows a head, then rings of `sink + window` rows. Token p of a
-sequence (counted from its own first token) lies in row p of an ordinary head, and of a ring in row
-p if p < sink, else `sink + (p − sink) mod window`: it overwrites the token that left the window.
+A layer's cache is one matrix `[rows, D]` a sequence. Heads that keep alike form a span of it:
+first those that keep everything, `longest` rows a head, then rings of `sink + window` rows. Token
+p of a sequence (counted from its own first token) lies in row p of an ordinary head, and of a ring
+in row p if p < sink, else `sink + (p − sink) mod window`: over the token that left the window.
 """
 
 import re
@@ -143,8 +143,8 @@ def kept_by_group(site: Site) -> list[tuple[int, int] | None]:
         if len(wanted) > 1:
             modes = ", ".join(f"{head.mode} {head.window or ''}".strip() for head in heads)
             raise ValueError(
-                f"{site.name}: the query heads of KV head {group} do not agree ({modes}), but they "
-                "read the same keys; decide window or not for each KV group, as `afbs hybridize` does"
+                f"{site.name}: the query heads of KV head {group} do not agree ({modes}), but "
+                "they read the same keys; give all heads of a KV group one window, or none"
             )
         found.append(wanted.pop())
     return found

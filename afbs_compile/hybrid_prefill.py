@@ -1,9 +1,9 @@
 """How does a prompt attend when some heads have windows? Several queries over a hybrid cache.
 
-A first chunk of `min_length` tokens or more runs in one launch of `afbs::attention`, where windowed,
-sparse and dense heads stand side by side. Padding needs no mask there: every sequence is turned so
-that it begins with its first real token, and what comes behind its last one is causally invisible.
-Short prompts and later chunks run as SDPA with a mask, head group by head group.
+A first chunk of `min_length` tokens or more runs in one launch of `afbs::attention`, where
+windowed, sparse and dense heads stand side by side. Padding needs no mask there: every sequence is
+turned so that it begins with its first real token, and what comes behind its last one is causally
+invisible. Short prompts and later chunks run as SDPA with a mask, head group by head group.
 """
 
 from typing import Any
@@ -85,7 +85,7 @@ def masked(
         new = new - (count - fresh.long()[:, None])  # padding is below 0
     if layer.filled:
         new = new + layer.lengths[:batch, None]
-    results, order = [], []
+    results = []
     for span, members in zip(layer.layout.spans, layer.members, strict=True):
         alone = len(span.heads) == layer.layout.kv_heads
         keys, values = (x if alone else x[:, members] for x in (k, v))
@@ -94,11 +94,10 @@ def masked(
             keys, values, tokens = with_past(layer, span, keys, values, new)
         seen = visible(span, new, tokens)[:, None]
         group = q.shape[1] // layer.layout.kv_heads
-        mine = q.unflatten(1, (-1, group))
+        mine = torch.unflatten(q, 1, (-1, group))
         mine = (mine if alone else mine[:, members]).flatten(1, 2)
         out = sdpa(mine, keys, values, seen, scale=scale, enable_gqa=group > 1)
-        results.append(out.unflatten(1, (-1, group)))
-        order.extend(span.heads)
+        results.append(torch.unflatten(out, 1, (-1, group)))
     if len(results) == 1:
         return results[0].flatten(1, 2)
     back = torch.argsort(torch.cat(layer.members))

@@ -105,4 +105,4 @@ def tokens_held(span: Span, lengths: Tensor) -> Tensor:
 def view(store: Tensor, span: Span, batch: int) -> Tensor:
     """The rows of a span: `[B, H, slots, D]`."""
     part = store[:batch, span.base : span.base + span.rows]
-    return part.unflatten(1, (len(span.heads), span.slots))
+    return torch.unflatten(part, 1, (len(span.heads), span.slots))

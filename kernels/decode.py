@@ -93,7 +93,11 @@ def require(
         if not (fits and x.is_contiguous()):
             wanted = f"contiguous {q.dtype} [{batch}, rows, {dim}]"
             raise ValueError(f"{name} are {x.dtype} {list(x.shape)}; afbs::decode needs {wanted}")
-    for name, x, size in (("bases", bases, None), ("slots", slots, None), ("lengths", lengths, batch)):
+    for name, x, size in (
+        ("bases", bases, None),
+        ("slots", slots, None),
+        ("lengths", lengths, batch),
+    ):
         if x.dtype != torch.int32 or x.dim() != 1 or (size is not None and len(x) != size):
             raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; afbs::decode needs int32")
     if len(bases) != len(slots) or heads % len(slots):

@@ -104,9 +104,7 @@ def join_kernel(
         weight = tl.exp2(lse - top_new)
         shrink = tl.exp2(top - top_new)
         mask = (s < count)[:, None] & (d < D)[None, :]
-        parts = tl.load(
-            PARTS + (row * splits + s)[:, None] * D + d[None, :], mask=mask, other=0.0
-        )
+        parts = tl.load(PARTS + (row * splits + s)[:, None] * D + d[None, :], mask=mask, other=0.0)
         total = total * shrink + tl.sum(weight, 0)
         acc = acc * shrink + tl.sum(parts * weight[:, None], 0)
         top = top_new
@@ -115,7 +113,7 @@ def join_kernel(
 
 
 def tiling(head_dim: int, itemsize: int, shared_bytes: int) -> tuple[int, int]:
-    """`(tile_n, num_stages)`: rows of a tile, and tiles of k and v that are under way at a time."""
+    """`(tile_n, num_stages)`: rows of a tile, and tiles that are under way at a time."""
     tile_n = 64 if itemsize < 4 else 32
     while tile_n > 16 and 4 * tile_n * head_dim * itemsize > shared_bytes:
         tile_n //= 2
