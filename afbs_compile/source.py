@@ -1,5 +1,6 @@
 """Which tuning applies to a graph at a length? A given file, the cache, or a calibration now."""
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from afbs_compile.report import JOURNAL, CalibrationReport
 from afbs_compile.store import Store
 from afbs_compile.tuner.trace import Trace
 
+LOGGER = logging.getLogger(__name__)
 LOCK = threading.RLock()  # one calibration at a time: it saturates the device anyway
 
 
@@ -189,6 +191,7 @@ def note(
     origin: str, key: str, problem: Problem, made: Tuning | None, path: object | None
 ) -> None:
     """Write down where a tuning came from."""
+    LOGGER.info("%s tokens: cache %s, policy %s", problem.length, origin, path)
     JOURNAL.add_calibration(
         CalibrationReport(
             cache=origin,
