@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from afbs_compile.ahead import tune
     from afbs_compile.functional import attention
+    from afbs_compile.hybrid_cache import HybridCache
     from afbs_compile.intercept import sparse
     from afbs_compile.policy import Policy
     from afbs_compile.report import explain
     from afbs_compile.runner import use_policy
 
 __version__ = "0.1.0"
-__all__ = ["Policy", "attention", "explain", "sparse", "tune", "use_policy"]
+__all__ = ["HybridCache", "Policy", "attention", "explain", "sparse", "tune", "use_policy"]
 
 HOMES = {
+    "HybridCache": "afbs_compile.hybrid_cache",
     "Policy": "afbs_compile.policy",
     "attention": "afbs_compile.functional",
     "explain": "afbs_compile.report",

@@ -55,9 +55,10 @@ class Shelf:
             policy = self.policy_of(key)
             if policy is None:
                 continue
-            asked_for = policy is self.given or self.options.policy is not None
-            tuning = policy.find_any(bucket) if asked_for else policy.find(
-                bucket, self.options.tuning_fingerprint())  # fmt: skip
+            if policy is self.given or self.options.policy is not None:
+                tuning = policy.find_any(bucket) or policy.find_longer(bucket)
+            else:
+                tuning = policy.find(bucket, self.options.tuning_fingerprint())
             found |= tuning.sites if tuning else {}
         return found or None
 

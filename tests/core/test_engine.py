@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import afbs_compile
-from afbs_compile import aliases, backend, cache, calibrate, engine, rulings, shelf
+from afbs_compile import aliases, backend, cache, calibrate, carry, engine, rulings, shelf
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.logs import AfbsWarning
+from afbs_compile.policy import bucket_of
 from afbs_compile.report import JOURNAL
 from afbs_compile.timing import Speed
 
@@ -66,7 +67,8 @@ def clean(monkeypatch):
     """No journal, no Inductor, and sparse is always faster."""
     JOURNAL.clear()
     monkeypatch.setattr(backend, "inductor", lambda gm, inputs, options: gm.forward)
-    monkeypatch.setattr(calibrate, "measure", lambda *_: Speed(1.0, 0.0, 0.5))
+    for module in (calibrate, carry):
+        monkeypatch.setattr(module, "measure", lambda *_: Speed(1.0, 0.0, 0.5))
     yield
     JOURNAL.clear()
 
@@ -170,14 +172,14 @@ def test_a_new_length_is_tuned_at_its_second_call_and_short_ones_are_dense():
         JOURNAL.clear()
         assert torch.equal(run(model, tokens(100)), run(Model(), tokens(100)))
         assert not rewritten()
-        dense = run(Model(), tokens(300))
-        assert [t.bucket for t in only_policy().tunings] == [512]
+        assert not torch.equal(run(model, tokens(500)), run(Model(), tokens(500)))  # same bucket
+        assert [t.bucket for t in only_policy().tunings] == [bucket_of(512)]
         JOURNAL.clear()
-        assert not torch.equal(run(model, tokens(300)), dense)  # the bucket of 512
         run(model, tokens(200))
-        assert "not tuned yet for up to 256 tokens" in afbs_compile.explain().reasons
+        assert f"not tuned yet for up to {bucket_of(200)} tokens" in afbs_compile.explain().reasons
         run(model, tokens(200))
-    assert [t.bucket for t in only_policy().tunings] == [256, 512]
+    assert [t.bucket for t in only_policy().tunings] == [bucket_of(200), bucket_of(512)]
+    assert len(rewritten()) == 3
 
 
 def test_masks_and_gradients_stay_sdpas():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import afbs_compile
-from afbs_compile import backend, cache, calibrate, shelf
+from afbs_compile import backend, cache, calibrate, carry, shelf
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.passes.masks import as_tensor
 from afbs_compile.report import JOURNAL
@@ -31,7 +31,8 @@ def clean(monkeypatch):
     """No journal, no Inductor, and sparse is always faster."""
     JOURNAL.clear()
     monkeypatch.setattr(backend, "inductor", lambda gm, inputs, options: gm.forward)
-    monkeypatch.setattr(calibrate, "measure", lambda *_: Speed(1.0, 0.0, 0.5))
+    for module in (calibrate, carry):
+        monkeypatch.setattr(module, "measure", lambda *_: Speed(1.0, 0.0, 0.5))
     yield
     JOURNAL.clear()
 
@@ -107,7 +108,7 @@ def test_the_name_alone_tunes_at_the_second_call_of_a_length():
     dense = logits(model_of(), x)
     assert torch.equal(logits(model, x), dense)
     assert set(afbs_compile.explain().reasons) == {"not tuned yet for up to 512 tokens"}
-    assert not torch.allclose(logits(model, ids(400)), logits(model_of(), ids(400)))
+    assert not torch.allclose(logits(model, ids(480)), logits(model_of(), ids(480)))
     assert not torch.allclose(logits(model, x), dense)
     hf.disable(model)
 
