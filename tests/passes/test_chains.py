@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from afbs_compile.capture import Stream
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.passes.additive import NEVER, boolean
 from afbs_compile.passes.plan import plan
@@ -290,3 +291,12 @@ def test_a_float_mask_is_boolean_only_if_softmax_agrees(values):
 @pytest.mark.parametrize("value", [1.0, -1.0, NEVER / 2, float("nan")])
 def test_other_float_masks_are_not(value):
     assert isinstance(boolean(torch.tensor([[0.0, value]]), every_row=False), str)
+
+
+def test_calibration_sees_queries_keys_and_values():
+    found, _, _, inputs = planned(masked_fill, *tensors())
+    (site,) = found.sites
+    layer = Stream(found.gm, inputs, found.sites).layer(site.name)
+    q, k, v = tensors()
+    torch.testing.assert_close((layer.q, layer.k, layer.v), (q * D**-0.5, k, v))
+    assert (layer.mask, layer.scale) == (CAUSAL, 1.0)
