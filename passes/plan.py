@@ -1,5 +1,6 @@
 """Which calls of a graph will be rewritten, as what, and which stay dense for which reason?"""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from afbs_compile.passes.lower import lower
 from afbs_compile.passes.masks import MaskProgram
 from afbs_compile.passes.rewrite import Site, lengths
 from afbs_compile.passes.sites import Call, find, names, value
+
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,9 @@ class Plan:
     rules: list[MaskRule]
 
 
+Recognised = dict[tuple[Node, bool], MaskRule | str]  # by mask and `every_row`
+
+
 def plan(
     gm: GraphModule,
     example_inputs: Sequence[object],
@@ -74,12 +80,12 @@ def plan(
     """
     lowered = lower(gm)
     work, named = lowered.gm, names(lowered.gm, lowered.refused)
-    regions = guard.contexts(work.graph)
     placeholders = [n for n in work.graph.nodes if n.op == "placeholder"]
     inputs = dict(zip(placeholders, example_inputs, strict=True))
     result = Plan(work, [], {named[n]: reason for n, reason in lowered.refused.items()}, [])
-    recognised: dict[tuple[Node, bool], MaskRule | str] = {}
+    regions = guard.contexts(work.graph)
     standing = {form.sdpa: form.reason for form in lowered.forms}
+    recognised: Recognised = {}
     back = []
     for call in find(work, lowered.refused):
         reason = standing.get(call.node) or guard.refusal(
@@ -91,18 +97,34 @@ def plan(
             back.append(call.node)
         else:
             result.sites.append(site_of(call, rule))
-    used = {(s.call.attn_mask, s.call.every_row) for s in result.sites}
-    rules = [r for n, r in recognised.items() if n in used and isinstance(r, MaskRule)]
-    result.rules.extend(r for r in rules if r.program.sizes)
     lowered.settle(back)
+    result.rules.extend(rules_in_use(result.sites, recognised))
+    log(result)
     return result
+
+
+def rules_in_use(sites: Sequence[Site], recognised: Recognised) -> list[MaskRule]:
+    """The rules of some sites that hang on symbolic sizes."""
+    used = {(s.call.attn_mask, s.call.every_row) for s in sites}
+    rules = [r for key, r in recognised.items() if key in used and isinstance(r, MaskRule)]
+    return [r for r in rules if r.program.sizes]
+
+
+def log(found: Plan) -> None:
+    """Write a plan down."""
+    for name, reason in found.refused.items():
+        LOGGER.debug("%s stays dense: %s", name, reason)
+    for site in found.sites:
+        LOGGER.debug("%s: %s", site.name, site.mask)
+    every = len(found.sites) + len(found.refused)
+    LOGGER.info("%d of %d attention calls can be sparse", len(found.sites), every)
 
 
 def rule_of(
     gm: GraphModule,
     call: Call,
     inputs: dict[Node, object],
-    recognised: dict[tuple[Node, bool], MaskRule | str],
+    recognised: Recognised,
 ) -> MaskRule | str | None:
     """The rule of a call's mask tensor, a reason against it, or None if it has no tensor."""
     if not isinstance(call.attn_mask, Node):
