@@ -142,7 +142,7 @@ def recognise(gm: GraphModule, call: Call, inputs: dict[Node, object]) -> MaskRu
     program = masks.extract(gm, call.attn_mask)
     if isinstance(program, str):
         is_float = value(call.attn_mask).is_floating_point()
-        return f"additive float {program}" if is_float else program
+        return f"additive float mask: {program}" if is_float else program
     sizes = [hint(inputs[n]) for n in program.sizes]
     if None in sizes:
         return "mask depends on a size that is known only at run time"

@@ -240,7 +240,7 @@ REFUSED = {
     returned_scores: "attention scores have other users",
     softcap: "scores pass through tanh",
     alibi: "additive float mask: it holds more than 0 and very negative values",
-    learned_bias: "additive float mask depends on an input tensor",
+    learned_bias: "additive float mask: mask depends on an input tensor",
     mild_fill: "hidden scores become -5.0, which is not negative enough to hide them",
     blind_rows: "the mask has rows that see nothing",
     dropped: "dropout",
