@@ -63,9 +63,9 @@ class Recorder:
         if not found.sites or standing_reason(example_inputs, self.options):
             return gm.forward
         named = [(name, example_inputs[n]) for n, name in weight_names(gm, example_inputs).items()]
-        key = model_key(named, "" if named else gm.code)
+        key = model_key(named, "" if named else found.gm.code)
         shapes = Shapes.of(example_inputs, found.sites)
-        self.graphs.append(Recorded(gm, key, found, shapes))
+        self.graphs.append(Recorded(found.gm, key, found, shapes))
         return self.graphs[-1]
 
 
