@@ -24,9 +24,10 @@ class Synthetic:
     def __init__(self, layout, seed):
         rng = np.random.default_rng(seed)
         n = layout.size
-        self.harm = np.exp(rng.standard_normal(n)) * np.exp(rng.standard_normal(layout.layers))[
-            layout.layer
-        ]
+        self.harm = (
+            np.exp(rng.standard_normal(n))
+            * np.exp(rng.standard_normal(layout.layers))[layout.layer]
+        )
         self.groups = [rng.integers(0, n, (k, 2 * n)) for k in (2, 3)]
         self.weights = [
             rng.standard_normal(2 * n) * np.exp(np.log(self.harm)[g].mean(0)) for g in self.groups
