@@ -14,6 +14,8 @@ from afbs_compile.options import parse
 from afbs_compile.passes.rewrite import Site
 from afbs_compile.report import JOURNAL, SiteReport
 
+MANY = 1 << 20
+
 
 class Unsuitable(ValueError):
     """A model or inputs whose heads cannot be windowed; the message says why."""
@@ -28,7 +30,8 @@ def record(model: nn.Module, samples: Sequence[Sample], window: int) -> tuple[li
     recorder = Recorder(parse({"min_length": 1}))
     compiled = torch.compile(model, backend=recorder, dynamic=False)
     calls = []
-    with torch.no_grad():
+    # every recorder is a backend of its own, and this process may have seen many
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=MANY):
         for sample in samples:
             before = [len(graph.calls) for graph in recorder.graphs]
             call(compiled, sample.inputs)

@@ -59,12 +59,6 @@ def density(window: int, sink: int, length: int, device_type: str) -> float:
     return float(seen.sum()) / float(site_visible(Mask(True), q, k).sum())
 
 
-def is_hybrid(tuning: Tuning) -> bool:
-    """Does a tuning window heads, and nothing that hangs on a length?"""
-    heads = [head for site in tuning.sites.values() for head in site.heads]
-    return tuning.options.get("kind") == KIND and all(h.mode != "sparse" for h in heads)
-
-
 def combined(hybrid: Policy, tuned: Policy) -> Policy:
     """Windowed heads as in `hybrid`, global heads as in `tuned`, for every bucket of `tuned`.
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
+from torch.utils.checkpoint import checkpoint
 
 from afbs_compile.capture import Layer, Stream, layer_of, private
 from afbs_compile.damage import logits_of
@@ -189,19 +190,22 @@ class Gated(Interpreter):
             requires_grad=True,
         )  # fmt: skip
         self.gates.append(gate)
-        dense = dispatch.dense(layer.q, layer.k, layer.v, mask=layer.mask, scale=layer.scale)
-        local = self.windowed(layer)
-        return dense + gate.repeat_interleave(repeat, 1) * (local - dense)
 
-    def windowed(self, layer: Layer) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, opened: Tensor) -> Tensor:
+            dense = dispatch.dense(q, k, v, mask=layer.mask, scale=layer.scale)
+            local = self.windowed(q, k, v, layer)
+            return dense + opened.repeat_interleave(repeat, 1) * (local - dense)
+
+        # done again in the backward pass: else every layer's attention matrix is kept
+        return checkpoint(attend, layer.q, layer.k, layer.v, gate, use_reentrant=False)
+
+    def windowed(self, q: Tensor, k: Tensor, v: Tensor, layer: Layer) -> Tensor:
         """All heads with window and sink."""
-        i = torch.arange(layer.q.shape[2], device=layer.q.device)
-        j = torch.arange(layer.k.shape[2], device=layer.q.device)
+        i, j = (torch.arange(x.shape[2], device=x.device) for x in (q, k))
         seen = token_visible(layer.mask, self.head.to(i.device), i, j)
         return torch.nn.functional.scaled_dot_product_attention(
-            layer.q, layer.k, layer.v, seen, scale=layer.scale,
-            enable_gqa=layer.q.shape[1] != layer.k.shape[1],
-        )  # fmt: skip
+            q, k, v, seen, scale=layer.scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
 
 
 def detached(x: Any) -> Any:

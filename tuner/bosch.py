@@ -189,7 +189,7 @@ class Walk:
         self.tally.stage = "ratios"
         strings, losses = self.tally.evidence()
         harm = fit(strings, losses, self.layout, self.prior, bits).harms()
-        by_layer: Floats = np.bincount(self.layout.layer, harm, self.layout.layers)
+        by_layer = np.bincount(self.layout.layer, harm, self.layout.layers).astype(np.float64)
         cost = by_layer if self.cost is None else self.cost
         counts = ratios.adapted(cost, self.layout, self.wanted.ratio, self.levels())
         choice = self.chosen(counts, harm)
