@@ -98,7 +98,7 @@ class Subject:
         return Losses(
             self.evaluator, self.evaluator.layout.size,
             [call.sample.task for call in self.evaluator.calls], self.store,
-            wishes.objective, Clock.of(wishes.seconds),
+            wishes.objective,
         )  # fmt: skip
 
     def prior(self, name: str, wishes: Wishes) -> np.ndarray:
@@ -230,7 +230,7 @@ def searched(
     ready: Subject, wishes: Wishes, on_progress: OnProgress
 ) -> tuple[Found, Losses, float]:
     """Search; what was found, the objective, and how long it took in seconds."""
-    losses, begun = ready.losses(wishes), time.perf_counter()
+    losses, clock, begun = ready.losses(wishes), Clock.of(wishes.seconds), time.perf_counter()
     layout = ready.evaluator.layout
     wanted = Search(
         layout, wishes.ratio, wishes.budget, None, wishes.seed, wishes.solver,
@@ -244,6 +244,7 @@ def searched(
     def on_best(done: int, budget: int, stage: str, best: float) -> None:
         on_progress(done, budget, "search", f"{stage}, best {best:.4f}")
 
+    losses.clock = clock  # what was asked before is needed for any answer
     found = bosch.search(losses, wanted, on_best)
     return found, losses, time.perf_counter() - begun
 

@@ -94,7 +94,7 @@ class Resumable:
         if not self.pure or beginning in self.kept:
             return
         self.kept[beginning] = {n: x for n, x in values.items() if n is not self.policy}
-        while len(self.kept) > 1 and self.size_bytes() > self.memory_bytes:
+        while self.kept and self.size_bytes() > self.memory_bytes:
             self.kept.popitem(last=False)
 
     def size_bytes(self) -> int:
