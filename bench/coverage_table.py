@@ -41,9 +41,10 @@ def coverage(document: dict[str, Any]) -> str:
     lines += [line(model, [row for row in rows if row["model"] == model]) for model in models]
     sites, sparse = total(rows, "sites"), total(rows, "rewritten")
     share = f" ({sparse / sites:.1%})" if sites else ""
+    bad = sum(bool(wrong(row)) for row in rows)
     about = (
         f"{sparse} of {sites} sites run sparse{share}; besides, {total(rows, 'short')} calls that "
-        f"decode one token stay dense. {len(rows)} cells, {sum(bool(wrong(r)) for r in rows)} wrong."
+        f"decode one token stay dense. {len(rows)} cells, {bad} wrong."
     )
     where = f"{document['device']}, torch {document['versions']['torch']}, {document['date'][:10]}"
     notes = [f"- {note}" for note in document.get("notes", [])]
