@@ -1,0 +1,175 @@
+"""How do budgets follow what is measured, step after step, without swinging? Plan, then observe.
+
+`plan` predicts; `observe` compares with the clock. A replica's slowness is its measured over its
+predicted time, an exponential mean in logarithms, relative to the median replica; what all have in
+common goes to the cost model. Budgets do not enter the slowness, so a wrong estimate dies out by
+(1 − gain) a step. A unit keeps its pressure while it would end near the target (hysteresis).
+Everything follows from the arguments alone: peers that give the same numbers decide the same.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from afbs_compile.tuner.arrays import Floats
+from afbs_compile.tuner.balance import ANCHORS, Plan, Work, at_base, plan
+from afbs_compile.tuner.budget_bounds import Bounds
+from afbs_compile.tuner.step_cost import CostModel
+
+GAIN = 0.2  # of one step in a replica's slowness: a fault halves in 4 steps
+CLIP = 4.0  # one step makes a replica look at most so much slower or faster than predicted
+NOISE = 0.03  # a slowness so near to 1 (in logarithms) is noise of the clock
+
+
+class SparsityController:
+    """Budgets for the units of `replicas` data-parallel replicas, one unit each at a time."""
+
+    def __init__(
+        self,
+        bounds: Bounds,
+        cost: CostModel,
+        replicas: int,
+        anchor: str = "mean",
+        deadband: float = 0.02,
+        gain: float = GAIN,
+    ) -> None:
+        """Begin with replicas that are equally fast.
+
+        Args:
+            bounds: Of the layers' budgets.
+            cost: Predicts; it learns from `observe`.
+            replicas: Data-parallel replicas. Tensor- and context-parallel ranks of one replica are
+                one: they give the same numbers and take the same budgets.
+            anchor: "mean", "min" or "max"; "max" only fills bubbles: no unit shrinks.
+            deadband: Near enough to the target, as a share of it.
+            gain: Weight of one step in a replica's slowness, in (0, 1].
+
+        Raises:
+            ValueError: An argument is out of range.
+        """
+        if anchor not in ANCHORS:
+            raise ValueError(f"anchor is {anchor!r}; choose of {', '.join(ANCHORS)}")
+        if replicas < 1 or not 0.0 < gain <= 1.0 or not 0.0 <= deadband < 1.0:
+            raise ValueError(
+                f"replicas is {replicas}, gain {gain}, deadband {deadband}: need 1 or more, "
+                "(0, 1] and [0, 1)"
+            )
+        self.bounds, self.cost, self.anchor = bounds, cost, anchor
+        self.replicas, self.deadband, self.gain = replicas, deadband, gain
+        self.log_slowness: Floats = np.zeros(replicas)
+        self.held: dict[int, Floats] = {}  # pressures by group
+        self.missing = np.zeros(replicas, dtype=np.int64)  # times that were no number
+        self._planned: dict[int, tuple[Work, Plan]] = {}
+
+    @property
+    def slowness(self) -> Floats:
+        """How much slower each replica is than the median one [R]; noise is left out."""
+        centred = self.log_slowness - np.median(self.log_slowness)
+        return np.exp(np.sign(centred) * np.maximum(np.abs(centred) - NOISE, 0.0))
+
+    def plan(self, tokens: ArrayLike, visible: ArrayLike, group: int = 0) -> Plan:
+        """Budgets for one unit of every replica; the units wait for each other.
+
+        Args:
+            tokens: Tokens of every unit [R].
+            visible: Visible blocks of every unit and layer [R, L], or [R] if layers are alike.
+            group: Which of several such sets in a step, as the number of a micro-batch.
+
+        Raises:
+            ValueError: The shapes do not match the replicas and layers.
+        """
+        work = Work.of(tokens, visible, len(self.bounds.base), self.slowness_for(tokens))
+        found = plan(
+            work, self.bounds, self.cost, self.anchor, self.held.get(group), self.deadband
+        )
+        self.held[group] = found.pressure
+        self._planned[group] = work, found
+        return found
+
+    def observe(self, seconds: ArrayLike, group: int = 0) -> None:
+        """Tell how long the units of the last plan of `group` took [R]; NaN where nobody knows.
+
+        Raises:
+            ValueError: There was no plan, or not one time for every replica.
+        """
+        if group not in self._planned:
+            raise ValueError(f"nothing was planned for group {group}: call plan before observe")
+        work, made = self._planned.pop(group)
+        t = np.asarray(seconds, dtype=np.float64)
+        if t.shape != work.tokens.shape:
+            raise ValueError(f"{t.shape} times for {len(work.tokens)} replicas: give one each")
+        good = np.isfinite(t) & (t > 0.0)
+        self.missing += ~good
+        blocks, slowness = work.blocks(made.budgets), self.slowness
+        if self.cost.ready and good.any():
+            expected = self.cost.predict(work.tokens, blocks)
+            self._compare(t, expected, good & (expected > 0.0))
+        self.cost.observe(work.tokens, blocks, np.where(good, t / slowness, np.nan))
+
+    def fallback(self, reason: str, tokens: ArrayLike, visible: ArrayLike) -> Plan:
+        """Base budgets for everybody, with the reason."""
+        return at_base(Work.of(tokens, visible, len(self.bounds.base)), self.bounds, reason)
+
+    def slowness_for(self, tokens: ArrayLike) -> Floats:
+        """The slowness of the units' replicas.
+
+        Raises:
+            ValueError: There is not one unit for every replica.
+        """
+        if np.shape(tokens) != (self.replicas,):
+            raise ValueError(
+                f"{np.shape(tokens)} units for {self.replicas} replicas: give one each; after a "
+                "change of the world size make a new controller and load its state with resize"
+            )
+        return self.slowness
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that later plans depend on, as numbers, strings and lists."""
+        return {
+            "replicas": self.replicas,
+            "layers": len(self.bounds.base),
+            "log_slowness": self.log_slowness.tolist(),
+            "held": {str(group): held.tolist() for group, held in self.held.items()},
+            "missing": self.missing.tolist(),
+            "cost": self.cost.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], resize: bool = False) -> None:
+        """Take a state over: plans go on exactly as they would have.
+
+        Args:
+            state: Of `state_dict`.
+            resize: Whether another number of replicas is welcome: the cost model is then taken, and
+                what is known of single replicas is dropped.
+
+        Raises:
+            ValueError: The state is damaged, or of other layers or replicas.
+        """
+        if int(state["layers"]) != len(self.bounds.base):
+            raise ValueError(
+                f"the state has {state['layers']} layers, the bounds {len(self.bounds.base)}"
+            )
+        same = int(state["replicas"]) == self.replicas
+        if not (same or resize):
+            raise ValueError(
+                f"the state is of {state['replicas']} replicas, this run has {self.replicas}: load "
+                "it with resize=True to keep the cost model and forget single replicas"
+            )
+        slowness = np.asarray(state["log_slowness"], dtype=np.float64)
+        held = {int(g): np.asarray(p, dtype=np.float64) for g, p in state["held"].items()}
+        if not all(np.isfinite(x).all() for x in (slowness, *held.values())):
+            raise ValueError("the state of a controller holds what is no finite number")
+        self.cost.load_state_dict(state["cost"])
+        self.log_slowness = slowness if same else np.zeros(self.replicas)
+        self.held = held if same else {}
+        self.missing = np.asarray(state["missing"]) if same else np.zeros(self.replicas, int)
+        self._planned = {}
+
+    def _compare(self, seconds: Floats, expected: Floats, good: Any) -> None:
+        """Move the slowness of replicas with a time towards time over expected time."""
+        limit = np.log(CLIP)
+        seen = np.log(seconds[good] / expected[good])
+        seen = np.clip(seen - np.median(seen), -limit, limit)
+        self.log_slowness[good] += self.gain * (seen - self.log_slowness[good])
