@@ -34,7 +34,7 @@ def lpt(costs: ArrayLike, bins: int, equal: bool = False) -> Ints:
     heap = [(0.0, bin_) for bin_ in range(bins)]
     for item in np.argsort(-cost, kind="stable").tolist():
         load, bin_ = heapq.heappop(heap)
-        while count[bin_] >= floor and not extras:  # it is full
+        while count[bin_] >= floor + (extras > 0):  # it is full
             load, bin_ = heapq.heappop(heap)
         extras -= count[bin_] >= floor
         where[item] = bin_

@@ -5,10 +5,12 @@ pressure p in [−1, 1] moves all its layers between their bounds (`budget_bound
 blocks, and with them its predicted time, are piecewise linear in p and the p of a wanted time has
 a closed form. The wanted time is an anchor, the mean, least or largest predicted time
 (SparseBalance, arXiv 2604.13847), but not less than the slowest unit can reach: a target below
-that would let the others lose quality or blocks for nothing. So it can always be met within bounds.
+that would take blocks from the others for nothing. So it can always be met within bounds.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,7 +19,7 @@ from afbs_compile.tuner.arrays import Bools, Floats
 from afbs_compile.tuner.budget_bounds import Bounds
 from afbs_compile.tuner.step_cost import CostModel
 
-ANCHORS = {"mean": np.mean, "min": np.min, "max": np.max}
+ANCHORS: dict[str, Callable[[Floats], Any]] = {"mean": np.mean, "min": np.min, "max": np.max}
 BUBBLE_ONLY = "max"  # the anchor at which nobody shrinks: bubbles are filled, no step is faster
 
 

@@ -1,10 +1,11 @@
 """How do budgets follow what is measured, step after step, without swinging? Plan, then observe.
 
 `plan` predicts; `observe` compares with the clock. A replica's slowness is its measured over its
-predicted time, an exponential mean in logarithms, relative to the median replica; what all have in
-common goes to the cost model. Budgets do not enter the slowness, so a wrong estimate dies out by
-(1 − gain) a step. A unit keeps its pressure while it would end near the target (hysteresis).
-Everything follows from the arguments alone: peers that give the same numbers decide the same.
+predicted time, an exponential mean in logarithms, relative to the median replica. Budgets do not
+enter it, so a wrong estimate dies out by (1 − gain) a step. The cost model learns from replicas
+that took about as long as was expected of them: a fault must not look like a cost of blocks. A
+unit keeps its pressure while it would end near the target (hysteresis). Everything follows from
+the arguments alone: peers that give the same numbers decide the same.
 """
 
 from collections.abc import Mapping
@@ -13,14 +14,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from afbs_compile.tuner.arrays import Floats
-from afbs_compile.tuner.balance import ANCHORS, Plan, Work, at_base, plan
+from afbs_compile.tuner.arrays import Bools, Floats
+from afbs_compile.tuner.balance import ANCHORS, Plan, Work, plan
 from afbs_compile.tuner.budget_bounds import Bounds
 from afbs_compile.tuner.step_cost import CostModel
 
 GAIN = 0.2  # of one step in a replica's slowness: a fault halves in 4 steps
 CLIP = 4.0  # one step makes a replica look at most so much slower or faster than predicted
 NOISE = 0.03  # a slowness so near to 1 (in logarithms) is noise of the clock
+SCATTER = 0.3  # of times around their expectation, before any was seen
+SCATTER_GAIN = 0.1
+OUTLIER = 4.0  # a time so many scatters off its expectation tells nothing of costs
 
 
 class SparsityController:
@@ -59,15 +63,20 @@ class SparsityController:
         self.bounds, self.cost, self.anchor = bounds, cost, anchor
         self.replicas, self.deadband, self.gain = replicas, deadband, gain
         self.log_slowness: Floats = np.zeros(replicas)
+        self.scatter = SCATTER  # median |log time − log expected time|, running
         self.held: dict[int, Floats] = {}  # pressures by group
         self.missing = np.zeros(replicas, dtype=np.int64)  # times that were no number
         self._planned: dict[int, tuple[Work, Plan]] = {}
 
     @property
     def slowness(self) -> Floats:
-        """How much slower each replica is than the median one [R]; noise is left out."""
+        """How much slower each replica is than the median one [R]; noise is left out.
+
+        A running mean with gain 0.2 scatters by a third of what single times do.
+        """
         centred = self.log_slowness - np.median(self.log_slowness)
-        return np.exp(np.sign(centred) * np.maximum(np.abs(centred) - NOISE, 0.0))
+        beyond = np.sign(centred) * np.maximum(np.abs(centred) - max(NOISE, self.scatter), 0.0)
+        return np.asarray(np.exp(beyond))
 
     def plan(self, tokens: ArrayLike, visible: ArrayLike, group: int = 0) -> Plan:
         """Budgets for one unit of every replica; the units wait for each other.
@@ -105,12 +114,8 @@ class SparsityController:
         blocks, slowness = work.blocks(made.budgets), self.slowness
         if self.cost.ready and good.any():
             expected = self.cost.predict(work.tokens, blocks)
-            self._compare(t, expected, good & (expected > 0.0))
-        self.cost.observe(work.tokens, blocks, np.where(good, t / slowness, np.nan))
-
-    def fallback(self, reason: str, tokens: ArrayLike, visible: ArrayLike) -> Plan:
-        """Base budgets for everybody, with the reason."""
-        return at_base(Work.of(tokens, visible, len(self.bounds.base)), self.bounds, reason)
+            good[good] = self._compare(t[good], expected[good], good)
+        self.cost.observe(work.tokens[good], blocks[good], (t / slowness)[good])
 
     def slowness_for(self, tokens: ArrayLike) -> Floats:
         """The slowness of the units' replicas.
@@ -131,6 +136,7 @@ class SparsityController:
             "replicas": self.replicas,
             "layers": len(self.bounds.base),
             "log_slowness": self.log_slowness.tolist(),
+            "scatter": self.scatter,
             "held": {str(group): held.tolist() for group, held in self.held.items()},
             "missing": self.missing.tolist(),
             "cost": self.cost.state_dict(),
@@ -141,8 +147,8 @@ class SparsityController:
 
         Args:
             state: Of `state_dict`.
-            resize: Whether another number of replicas is welcome: the cost model is then taken, and
-                what is known of single replicas is dropped.
+            resize: Whether another number of replicas is welcome: the cost model is then taken,
+                and what is known of single replicas is dropped.
 
         Raises:
             ValueError: The state is damaged, or of other layers or replicas.
@@ -154,8 +160,8 @@ class SparsityController:
         same = int(state["replicas"]) == self.replicas
         if not (same or resize):
             raise ValueError(
-                f"the state is of {state['replicas']} replicas, this run has {self.replicas}: load "
-                "it with resize=True to keep the cost model and forget single replicas"
+                f"the state is of {state['replicas']} replicas, this run has {self.replicas}: "
+                "load it with resize=True to keep the cost model and forget single replicas"
             )
         slowness = np.asarray(state["log_slowness"], dtype=np.float64)
         held = {int(g): np.asarray(p, dtype=np.float64) for g, p in state["held"].items()}
@@ -163,13 +169,19 @@ class SparsityController:
             raise ValueError("the state of a controller holds what is no finite number")
         self.cost.load_state_dict(state["cost"])
         self.log_slowness = slowness if same else np.zeros(self.replicas)
+        self.scatter = float(state["scatter"])
         self.held = held if same else {}
         self.missing = np.asarray(state["missing"]) if same else np.zeros(self.replicas, int)
         self._planned = {}
 
-    def _compare(self, seconds: Floats, expected: Floats, good: Any) -> None:
-        """Move the slowness of replicas with a time towards time over expected time."""
-        limit = np.log(CLIP)
-        seen = np.log(seconds[good] / expected[good])
-        seen = np.clip(seen - np.median(seen), -limit, limit)
-        self.log_slowness[good] += self.gain * (seen - self.log_slowness[good])
+    def _compare(self, seconds: Floats, expected: Floats, known: Bools) -> Bools:
+        """Move slowness and scatter by the times of `known` replicas; which ones tell of costs."""
+        seen = np.log(seconds / np.maximum(expected, np.finfo(float).tiny))
+        seen = np.clip(seen - np.median(seen), -np.log(CLIP), np.log(CLIP))
+        before = self.log_slowness[known]
+        surprise = np.abs(seen - (before - np.median(before)))
+        usual = surprise <= max(OUTLIER * self.scatter, NOISE)
+        middle = min(float(np.median(surprise)), 2.0 * self.scatter)
+        self.scatter = max(self.scatter + SCATTER_GAIN * (middle - self.scatter), NOISE / 3)
+        self.log_slowness[known] += self.gain * (seen - before)
+        return np.asarray(usual)

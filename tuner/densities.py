@@ -1,7 +1,7 @@
 """How dense will a sample be? A prior by length, times what was seen of its source.
 
-The ratio of seen to expected density of a source is an exponential mean over samples (SparseBalance
-keeps such means; arXiv 2604.13847). What is seen waits in `pending`, which adds up over ranks, and
+The ratio of seen to expected density of a source is an exponential mean over samples, as in
+SparseBalance (arXiv 2604.13847). What is seen waits in `pending`, which adds up over ranks, and
 counts from the next `commit` on. So all ranks can commit the same sum at the same moment, between
 epochs, and draw the same batches from it however far their loaders read ahead.
 """

@@ -1,8 +1,9 @@
 """How long will a device work on so many tokens and kept blocks? Learned online, never negative.
 
-t = a·tokens + b·blocks + c with a, b, c ≥ 0, by least squares on relative errors, (t̂ − t)/t. Tokens
-and blocks rise together, so plain least squares makes one of the coefficients negative; hence
-non-negative least squares with a ridge towards the last profile (Lawson & Hanson 1974, ch. 23).
+t = a·tokens + b·blocks + c, a, b, c ≥ 0, by least squares on errors relative to the time that was
+expected. Tokens and blocks rise together, so plain least squares makes one of the coefficients
+negative; hence non-negative least squares (Lawson & Hanson 1974, ch. 23) with a ridge towards the
+last profile.
 What was observed long ago counts less: every call of `observe` ages what is known by `memory`.
 """
 
@@ -33,8 +34,8 @@ class CostModel:
         ridge: Pull towards `prior`, as a share of what the data weigh.
         memory: Weight of what was known after one more call of `observe`, in (0, 1].
         prior: The coefficients (a, b, c) that the ridge pulls to; None pulls to 0.
-        gram: Aged sum of x·xᵀ over observations x = (tokens, blocks, 1)/t.
-        moment: Aged sum of x.
+        gram: Aged sum of x·xᵀ over observations x = (tokens, blocks, 1)/t̂, t̂ the expected time.
+        moment: Aged sum of x·t/t̂.
         count: Observations that were used.
         refused: Observations that were no positive numbers.
     """
@@ -79,13 +80,14 @@ class CostModel:
             How many were used.
         """
         x, t = self._usable(tokens, blocks, seconds)
-        if self.count >= SETTLED and len(t):
-            expected = np.maximum(x @ self.coefficients, np.finfo(float).tiny)
-            t = np.clip(t, expected / CLIP, expected * CLIP)
         if len(t):
-            rows = x / t[:, None]
+            expected = t
+            if self.count >= SETTLED:
+                expected = np.maximum(x @ self.coefficients, np.finfo(float).tiny)
+                t = np.clip(t, expected / CLIP, expected * CLIP)
+            rows = x / expected[:, None]
             self.gram = self.memory * self.gram + rows.T @ rows
-            self.moment = self.memory * self.moment + rows.sum(axis=0)
+            self.moment = self.memory * self.moment + rows.T @ (t / expected)
             self.count += len(t)
             self.fitted = None
         return len(t)
