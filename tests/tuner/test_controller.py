@@ -75,7 +75,7 @@ def test_a_fault_does_not_spoil_the_cost_model():
 
     made = controller()
     drive(made, 30, fault)
-    np.testing.assert_allclose(made.cost.coefficients[:2], TRUTH[:2], rtol=0.05)
+    np.testing.assert_allclose(made.cost.coefficients[:2], TRUTH[:2], rtol=0.1)
 
 
 def test_of_two_replicas_the_slow_one_gives_and_gets_back():
