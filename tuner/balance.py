@@ -71,6 +71,7 @@ class Plan:
     """Budgets of N units.
 
     Attributes:
+        work: What the units do.
         budgets: Share of visible blocks to keep [N, L].
         pressure: Where between the bounds [N], in [−1, 1].
         target: Seconds in which all should end; NaN if nothing could be predicted.
@@ -79,6 +80,7 @@ class Plan:
         reason: Why all budgets are base budgets; empty if they are not for a reason.
     """
 
+    work: Work
     budgets: Floats
     pressure: Floats
     target: float
@@ -123,7 +125,7 @@ def plan(
         steady = near(work.seconds(bounds.at(held), cost), target, deadband)
         pressure = np.where(steady & (pressure != 0.0), held, pressure)
     budgets = bounds.at(pressure)
-    return Plan(budgets, pressure, target, before, work.seconds(budgets, cost))
+    return Plan(work, budgets, pressure, target, before, work.seconds(budgets, cost))
 
 
 def pressure_for(target: float, base: Floats, low: Floats, high: Floats) -> Floats:
@@ -138,7 +140,7 @@ def at_base(work: Work, bounds: Bounds, reason: str) -> Plan:
     units = len(work.tokens)
     unknown = np.full(units, np.nan)
     budgets = np.repeat(bounds.base[None], units, axis=0)
-    return Plan(budgets, np.zeros(units), float("nan"), unknown, unknown, reason)
+    return Plan(work, budgets, np.zeros(units), float("nan"), unknown, unknown, reason)
 
 
 def near(seconds: Floats, target: float, share: float) -> Bools:

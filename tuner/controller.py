@@ -66,7 +66,6 @@ class SparsityController:
         self.scatter = SCATTER  # median |log time − log expected time|, running
         self.held: dict[int, Floats] = {}  # pressures by group
         self.missing = np.zeros(replicas, dtype=np.int64)  # times that were no number
-        self._planned: dict[int, tuple[Work, Plan]] = {}
 
     @property
     def slowness(self) -> Floats:
@@ -94,18 +93,15 @@ class SparsityController:
             work, self.bounds, self.cost, self.anchor, self.held.get(group), self.deadband
         )
         self.held[group] = found.pressure
-        self._planned[group] = work, found
         return found
 
-    def observe(self, seconds: ArrayLike, group: int = 0) -> None:
-        """Tell how long the units of the last plan of `group` took [R]; NaN where nobody knows.
+    def observe(self, made: Plan, seconds: ArrayLike) -> None:
+        """Tell how long the units of a plan took [R]; NaN where nobody knows.
 
         Raises:
-            ValueError: There was no plan, or not one time for every replica.
+            ValueError: There is not one time for every replica.
         """
-        if group not in self._planned:
-            raise ValueError(f"nothing was planned for group {group}: call plan before observe")
-        work, made = self._planned.pop(group)
+        work = made.work
         t = np.asarray(seconds, dtype=np.float64)
         if t.shape != work.tokens.shape:
             raise ValueError(f"{t.shape} times for {len(work.tokens)} replicas: give one each")
@@ -172,7 +168,6 @@ class SparsityController:
         self.scatter = float(state["scatter"])
         self.held = held if same else {}
         self.missing = np.asarray(state["missing"]) if same else np.zeros(self.replicas, int)
-        self._planned = {}
 
     def _compare(self, seconds: Floats, expected: Floats, known: Bools) -> Bools:
         """Move slowness and scatter by the times of `known` replicas; which ones tell of costs."""

@@ -60,8 +60,13 @@ class DensityEstimates:
 
     def __call__(self) -> Floats:
         """Density of every sample as it is known now [N]."""
+        return self.with_factor(self.factor)
+
+    def with_factor(self, factor: ArrayLike) -> Floats:
+        """Density of every sample with the factors [S] of another moment [N]."""
         assert self.source is not None  # set by __post_init__
-        return np.clip(self.prior * self.factor[self.source], 1e-6, 1.0)
+        density = self.prior * np.asarray(factor, float)[self.source]
+        return np.asarray(np.clip(density, 1e-6, 1.0))
 
     def observe(self, samples: Sequence[int], density: ArrayLike) -> None:
         """Note the density of some samples; what is no number in (0, 1] is left out."""
