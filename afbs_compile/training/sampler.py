@@ -86,6 +86,7 @@ class SparsityAwareBatchSampler(Sampler[list[int]]):
             raise ValueError("lengths need to be one number of tokens above 0 for every sample")
         self.shape = Shape(self.world, batch_size, micro_batches, sync)
         self.batch_size, self.drop_last = None, drop_last  # batches may differ by a sample
+        self.layers = layers
         self.visible: Floats = np.asarray(
             layers * visible_blocks(self.lengths) if visible is None else visible, dtype=float
         )

@@ -1,5 +1,7 @@
 """Lengths with a long tail, and samplers of all ranks."""
 
+import socket
+
 import numpy as np
 import pytest
 
@@ -28,3 +30,11 @@ def samplers():
         ]
 
     return make
+
+
+@pytest.fixture
+def free_port():
+    """A port that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
