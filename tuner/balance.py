@@ -101,6 +101,7 @@ def plan(
     anchor: str = "mean",
     held: Floats | None = None,
     deadband: float = 0.02,
+    margin: float = 0.0,
 ) -> Plan:
     """Budgets for some units that wait for each other.
 
@@ -111,6 +112,8 @@ def plan(
         anchor: One of `ANCHORS`; "max" only fills bubbles.
         held: Pressures of the last plan [N]; they are kept while their times are near the target.
         deadband: How near, as a share of the target.
+        margin: How far below the target a unit stops to grow, as a share of it: predictions err,
+            and of many units that end together one is always late.
     """
     before = work.seconds(bounds.base, cost)
     if not cost.ready or not np.isfinite(before).all():
@@ -119,20 +122,21 @@ def plan(
     target = max(float(ANCHORS[anchor](before)), float(ends[0].max()))
     if anchor == BUBBLE_ONLY:
         target = float(before.max())
-    pressure = pressure_for(target, before, *ends)
-    pressure[near(before, target, deadband / 2)] = 0.0
+    wanted = np.clip(before, (1.0 - margin) * target, target)
+    pressure = pressure_for(wanted, before, *ends)
+    pressure[near(before, wanted, deadband / 2)] = 0.0
     if held is not None:
-        steady = near(work.seconds(bounds.at(held), cost), target, deadband)
+        steady = near(work.seconds(bounds.at(held), cost), wanted, deadband)
         pressure = np.where(steady & (pressure != 0.0), held, pressure)
     budgets = bounds.at(pressure)
     return Plan(work, budgets, pressure, target, before, work.seconds(budgets, cost))
 
 
-def pressure_for(target: float, base: Floats, low: Floats, high: Floats) -> Floats:
-    """The pressure [N] at which a unit takes `target`, given its times at −1 (low), 0 and 1."""
-    down = (target - base) / np.maximum(base - low, np.finfo(float).tiny)
-    up = (target - base) / np.maximum(high - base, np.finfo(float).tiny)
-    return np.clip(np.where(target < base, down, up), -1.0, 1.0)
+def pressure_for(wanted: Floats, base: Floats, low: Floats, high: Floats) -> Floats:
+    """The pressure [N] at which units take `wanted` [N], given their times at −1 (low), 0, 1."""
+    down = (wanted - base) / np.maximum(base - low, np.finfo(float).tiny)
+    up = (wanted - base) / np.maximum(high - base, np.finfo(float).tiny)
+    return np.clip(np.where(wanted < base, down, up), -1.0, 1.0)
 
 
 def at_base(work: Work, bounds: Bounds, reason: str) -> Plan:
@@ -143,9 +147,9 @@ def at_base(work: Work, bounds: Bounds, reason: str) -> Plan:
     return Plan(work, budgets, np.zeros(units), float("nan"), unknown, unknown, reason)
 
 
-def near(seconds: Floats, target: float, share: float) -> Bools:
-    """Which times are within a share of the target."""
-    return np.asarray(np.abs(seconds - target) <= share * target)
+def near(seconds: Floats, wanted: Floats, share: float) -> Bools:
+    """Which times [N] are within a share of what is wanted [N]."""
+    return np.asarray(np.abs(seconds - wanted) <= share * wanted)
 
 
 def ratio(seconds: Floats) -> float:

@@ -64,6 +64,7 @@ class SparsityController:
         self.replicas, self.deadband, self.gain = replicas, deadband, gain
         self.log_slowness: Floats = np.zeros(replicas)
         self.scatter = SCATTER  # median |log time − log expected time|, running
+        self.compared = 0  # steps whose times were compared with what was expected
         self.held: dict[int, Floats] = {}  # pressures by group
         self.missing = np.zeros(replicas, dtype=np.int64)  # times that were no number
 
@@ -77,6 +78,17 @@ class SparsityController:
         beyond = np.sign(centred) * np.maximum(np.abs(centred) - max(NOISE, self.scatter), 0.0)
         return np.asarray(np.exp(beyond))
 
+    @property
+    def margin(self) -> float:
+        """How far below the target growing stops: what the latest of R normal errors is late by.
+
+        The largest of R errors is near σ·√(2 ln R), and σ is 1.48 times their median size.
+        """
+        if not self.compared:
+            return 0.0
+        late = np.sqrt(2.0 * np.log(self.replicas)) * 1.48 * self.scatter
+        return 1.0 - float(np.exp(-late))
+
     def plan(self, tokens: ArrayLike, visible: ArrayLike, group: int = 0) -> Plan:
         """Budgets for one unit of every replica; the units wait for each other.
 
@@ -89,9 +101,8 @@ class SparsityController:
             ValueError: The shapes do not match the replicas and layers.
         """
         work = Work.of(tokens, visible, len(self.bounds.base), self.slowness_for(tokens))
-        found = plan(
-            work, self.bounds, self.cost, self.anchor, self.held.get(group), self.deadband
-        )
+        held = self.held.get(group)
+        found = plan(work, self.bounds, self.cost, self.anchor, held, self.deadband, self.margin)
         self.held[group] = found.pressure
         return found
 
@@ -133,6 +144,7 @@ class SparsityController:
             "layers": len(self.bounds.base),
             "log_slowness": self.log_slowness.tolist(),
             "scatter": self.scatter,
+            "compared": self.compared,
             "held": {str(group): held.tolist() for group, held in self.held.items()},
             "missing": self.missing.tolist(),
             "cost": self.cost.state_dict(),
@@ -165,12 +177,13 @@ class SparsityController:
             raise ValueError("the state of a controller holds what is no finite number")
         self.cost.load_state_dict(state["cost"])
         self.log_slowness = slowness if same else np.zeros(self.replicas)
-        self.scatter = float(state["scatter"])
+        self.scatter, self.compared = float(state["scatter"]), int(state["compared"])
         self.held = held if same else {}
         self.missing = np.asarray(state["missing"]) if same else np.zeros(self.replicas, int)
 
     def _compare(self, seconds: Floats, expected: Floats, known: Bools) -> Bools:
         """Move slowness and scatter by the times of `known` replicas; which ones tell of costs."""
+        self.compared += 1
         seen = np.log(seconds / np.maximum(expected, np.finfo(float).tiny))
         seen = np.clip(seen - np.median(seen), -np.log(CLIP), np.log(CLIP))
         before = self.log_slowness[known]

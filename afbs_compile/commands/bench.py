@@ -1,4 +1,4 @@
-"""`afbs bench`: what do kernels, selection, tuning and search strategies reach on this machine?"""
+"""`afbs bench`: what do kernels, tuning, search strategies and balanced training reach?"""
 
 from argparse import Namespace
 
@@ -7,7 +7,13 @@ from afbs_compile.commands.output import emit_json, emit_text
 
 def run(args: Namespace) -> int:
     """Measure, and print tables or the whole result."""
-    kinds = {"attention": attention, "tuner": tuner, "quality": quality, "retrieval": retrieval}
+    kinds = {
+        "attention": attention,
+        "tuner": tuner,
+        "quality": quality,
+        "retrieval": retrieval,
+        "balance": balance,
+    }
     return kinds[args.what](args)
 
 
@@ -58,4 +64,16 @@ def retrieval(args: Namespace) -> int:
         emit_json(document)
     else:
         retrieval.show(document)
+    return 0
+
+
+def balance(args: Namespace) -> int:
+    """Balanced training on simulated clusters."""
+    from afbs_compile.bench import balance, balance_show
+
+    document = balance.run(args, args.output)
+    if args.json:
+        emit_json(document)
+    else:
+        balance_show.show(document)
     return 0

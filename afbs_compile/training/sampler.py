@@ -7,6 +7,7 @@ may shard the loader.
 """
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -216,4 +217,7 @@ def initialized() -> bool:
 
 def totals(step: Step, values: Floats) -> Floats:
     """A number of every sample summed by rank and micro-batch [R, M]."""
-    return np.array([[values[micro].sum() for micro in rank] for rank in step])
+    micros = [micro for rank in step for micro in rank]
+    samples = list(itertools.chain.from_iterable(micros))
+    ends = np.cumsum([0, *map(len, micros)])[:-1]
+    return np.add.reduceat(values[samples], ends).reshape(len(step), -1)

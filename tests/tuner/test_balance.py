@@ -86,6 +86,14 @@ def test_order_of_units_does_not_matter(tokens, random):
     np.testing.assert_allclose(other.budgets, one.budgets[order], rtol=1e-9)
 
 
+@given(lengths, st.floats(0.01, 0.3))
+def test_growing_stops_a_margin_below_the_target(tokens, margin):
+    made = plan(work_of(tokens), around(BASE), COST, margin=margin, deadband=0.0)
+    grown = made.pressure > 0.0
+    assert (made.after[grown] <= (1 - margin) * made.target * (1 + 1e-9)).all()
+    assert (made.after[~grown] <= made.target * (1 + 1e-9)).all()
+
+
 def test_a_held_pressure_stays_while_it_is_near_enough():
     work, bounds = work_of([11700, 12000, 12300]), around(BASE)
     fresh = plan(work, bounds, COST, deadband=0.02)
