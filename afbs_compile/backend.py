@@ -16,9 +16,11 @@ from torch.fx import GraphModule
 
 from afbs_compile import logs
 from afbs_compile.calibrate import describe
+from afbs_compile.kernels.dispatch import kernel_of
 from afbs_compile.options import Options, disabled, parse
 from afbs_compile.passes.plan import Plan, hint, plan
 from afbs_compile.passes.rewrite import Site, rewrite
+from afbs_compile.passes.sites import value
 from afbs_compile.policy import Tuning
 from afbs_compile.report import JOURNAL, SiteReport
 from afbs_compile.runner import Runner
@@ -109,9 +111,11 @@ def inductor(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -
 def site_report(site: Site, tuning: Tuning) -> SiteReport:
     """What became of a tuned site."""
     policy = tuning.sites.get(site.name)
+    query = value(site.call.query)
     known = SiteReport(
         site.name, "dense", "not in the policy", describe(site),
         site.heads, site.kv_heads, site.head_dim, tuning.length,
+        kernel=kernel_of(query.device, query.dtype, site.head_dim),
     )  # fmt: skip
     if policy is None:
         return known

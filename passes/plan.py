@@ -1,5 +1,6 @@
 """Which calls of a graph will be rewritten, as what, and which stay dense for which reason?"""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from afbs_compile.passes import gqa, guard, masks
 from afbs_compile.passes.masks import MaskProgram
 from afbs_compile.passes.rewrite import Site, lengths
 from afbs_compile.passes.sites import Call, find, value
+
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +72,12 @@ def plan(
         rule = None if reason else rule_of(gm, call, inputs, recognised)
         if reason or isinstance(rule, str):
             result.refused[call.name] = reason or str(rule)
+            LOGGER.debug("%s stays SDPA: %s", call.name, reason or rule)
         else:
             result.sites.append(site_of(call, rule))
+            LOGGER.debug("%s: %s", call.name, result.sites[-1].mask)
+    LOGGER.info("%d of %d attention calls can be sparse", len(result.sites),
+                len(result.sites) + len(result.refused))  # fmt: skip
     used = {s.call.attn_mask for s in result.sites}
     rules = [r for n, r in recognised.items() if n in used and isinstance(r, MaskRule)]
     result.rules.extend(r for r in rules if r.program.sizes)
