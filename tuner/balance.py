@@ -20,6 +20,7 @@ from afbs_compile.tuner.budget_bounds import Bounds
 from afbs_compile.tuner.step_cost import CostModel
 
 ANCHORS: dict[str, Callable[[Floats], Any]] = {"mean": np.mean, "min": np.min, "max": np.max}
+ROUNDING = 1e-12
 BUBBLE_ONLY = "max"  # the anchor at which nobody shrinks: bubbles are filled, no step is faster
 
 
@@ -134,9 +135,10 @@ def plan(
 
 def pressure_for(wanted: Floats, base: Floats, low: Floats, high: Floats) -> Floats:
     """The pressure [N] at which units take `wanted` [N], given their times at −1 (low), 0, 1."""
-    down = (wanted - base) / np.maximum(base - low, np.finfo(float).tiny)
-    up = (wanted - base) / np.maximum(high - base, np.finfo(float).tiny)
-    return np.clip(np.where(wanted < base, down, up), -1.0, 1.0)
+    slack = np.where(wanted < base, base - low, high - base)
+    can = slack > ROUNDING * base  # where bounds are equal there is nothing to move
+    share = np.divide(wanted - base, slack, out=np.zeros_like(base), where=can)
+    return np.clip(share, -1.0, 1.0)
 
 
 def at_base(work: Work, bounds: Bounds, reason: str) -> Plan:
