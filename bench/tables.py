@@ -9,7 +9,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "training.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("coverage", "training")))
 LENGTHS = (8192, 16384, 32768)
 SHOWN, NEAR, ALL = 0.25, 0.05, 0.99  # share of the visible blocks
 LEGEND = "A quarter of the blocks, the same for all but cuDNN; bf16, head dim 128, 32 heads."
@@ -162,11 +162,19 @@ def balance(document: Document) -> str:
     return f"{balance_show.markdown(document)}\n\n{origin(document)}"
 
 
+def coverage(document: Document) -> str:
+    """What became of the attention of many models."""
+    from afbs_compile.bench import coverage_table
+
+    return coverage_table.coverage(document)
+
+
 TABLES = {
     "balance": ("balance", balance),
     "demo": ("demo_cpu", demo),
     "attention": ("attention", attention),
     "quality": ("quality", quality),
+    "coverage": ("coverage_cpu", coverage),
 }
 
 
@@ -190,10 +198,10 @@ def main() -> int:
     for page in PAGES:
         old = page.read_text()
         new = rendered(old)
-        stale |= new != old
+        stale += new != old
         if not check:
             page.write_text(new)
-    return int(check and stale)
+    return int(check and stale > 0)
 
 
 if __name__ == "__main__":
