@@ -7,7 +7,13 @@ from afbs_compile.commands.output import emit_json, emit_text
 
 def run(args: Namespace) -> int:
     """Measure, and print tables or the whole result."""
-    kinds = {"attention": attention, "tuner": tuner, "quality": quality, "retrieval": retrieval}
+    kinds = {
+        "attention": attention,
+        "tuner": tuner,
+        "quality": quality,
+        "retrieval": retrieval,
+        "decode": decode,
+    }
     return kinds[args.what](args)
 
 
@@ -58,4 +64,16 @@ def retrieval(args: Namespace) -> int:
         emit_json(document)
     else:
         retrieval.show(document)
+    return 0
+
+
+def decode(args: Namespace) -> int:
+    """Tokens a second of a hybrid cache."""
+    from afbs_compile.bench import decode, decode_show
+
+    document = decode.run(args, args.output)
+    if args.json:
+        emit_json(document)
+    else:
+        decode_show.show(document)
     return 0
