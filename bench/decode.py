@@ -120,7 +120,7 @@ def verify(layer: Any, config: Any) -> None:
     q = torch.randn(1, heads, 1, dim, dtype=layer.dtype, device=layer.device)
     keys, values = layer.keys[:1], layer.values[:1]
     places = layer.bases, layer.slots, layer.lengths[:1]
-    found = torch.ops.afbs.decode(q, keys, values, *places, dim**-0.5, 16)
+    found = torch.ops.afbs.decode(q, keys, values, *places, layer.work, dim**-0.5, layer.splits)
     wanted = decode.on_cpu(q.float(), keys.float(), values.float(), *places, dim**-0.5)
     require("afbs::decode", relative(found, wanted), FORWARD_BAR)
 

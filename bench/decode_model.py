@@ -107,12 +107,12 @@ def stepper(model: Any, cache: Any, attention: str, batch: int) -> Callable[[], 
     model.set_attn_implementation(attention)
     device = model.device
     ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
-    forward = torch.compile(model, fullgraph=True, dynamic=False)
+    forward: Any = torch.compile(model, fullgraph=True, dynamic=False)
 
-    @torch.no_grad()  # type: ignore[no-untyped-call,untyped-decorator]
     def step() -> None:
-        logits = forward(input_ids=ids, past_key_values=cache).logits
-        ids.copy_(logits[:, -1].argmax(-1, keepdim=True))
+        with torch.no_grad():
+            logits = forward(input_ids=ids, past_key_values=cache).logits
+            ids.copy_(logits[:, -1].argmax(-1, keepdim=True))
 
     return captured(step) if device.type == "cuda" else step
 
