@@ -114,13 +114,16 @@ def join_kernel(
     tl.store(O + row * D + d, acc.to(O.dtype.element_ty), mask=d < D)
 
 
-def tiling(head_dim: int, itemsize: int, shared_bytes: int) -> tuple[int, int]:
-    """`(tile_n, num_stages)`: rows of a tile, and tiles that are under way at a time."""
+def tiling(head_dim: int, itemsize: int, shared_bytes: int) -> tuple[int, int, int]:
+    """`(tile_n, num_warps, num_stages)`: rows of a tile, and tiles that are under way at a time.
+
+    fp32 runs on the FMA units, whose operands stay in registers: it takes more warps.
+    """
     tile_n = 64 if itemsize < 4 else 32
     while tile_n > 16 and 4 * tile_n * head_dim * itemsize > shared_bytes:
         tile_n //= 2
     stages = shared_bytes // (2 * tile_n * head_dim * itemsize)
-    return tile_n, max(1, min(3, stages))
+    return tile_n, 8 if itemsize == 4 else 4, max(1, min(3, stages))
 
 
 def decode(
@@ -149,7 +152,7 @@ def decode(
     batch, heads, _, dim = q.shape
     kv_heads = len(slots)
     group, padded = heads // kv_heads, max(16, triton.next_power_of_2(dim))
-    tile_n, stages = tiling(padded, q.element_size(), shared_memory_bytes(q.device))
+    tile_n, warps, stages = tiling(padded, q.element_size(), shared_memory_bytes(q.device))
     parts = torch.empty(batch, heads, splits, dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch, heads, splits, dtype=torch.float32, device=q.device)
     o = torch.empty(batch, heads, 1, dim, dtype=q.dtype, device=q.device)
@@ -162,7 +165,7 @@ def decode(
             (q, keys, values, parts, lse, bases, slots, lengths, work, scale * LOG2E,
              q.stride(0), q.stride(1), keys.shape[1], batch, kv_heads, splits),
             **shape, TILE_G=max(16, triton.next_power_of_2(group)), TILE_N=tile_n, LEAST=LEAST,
-            num_warps=4, num_stages=stages,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
         launch(
             join_kernel, ("join", *kind), q.device, batch * heads,
