@@ -56,7 +56,7 @@ def afbs(
     found = plan(gm, example_inputs, wishes.min_length, wishes.compensation)
     reason = standing_reason(example_inputs, wishes)
     if reason:
-        found = Plan([], found.refused | {s.name: reason for s in found.sites}, [])
+        found = Plan(gm, [], found.refused | {s.name: reason for s in found.sites}, [])
     JOURNAL.add_sites([SiteReport(n, "refused", r) for n, r in found.refused.items()])
     if not found.sites:
         return inductor(gm, example_inputs, wishes)
@@ -79,8 +79,11 @@ def standing_reason(example_inputs: Sequence[Any], options: Options) -> str | No
 def sparse(
     gm: GraphModule, example_inputs: Sequence[Any], options: Options, found: Plan
 ) -> Compiled:
-    """Tune a graph that has sites, rewrite those that gain, compile."""
-    runner = Runner(gm, options, found, example_inputs)
+    """Tune a graph that has sites, rewrite those that gain, compile.
+
+    If none gains, the graph is compiled as it came, not as it was planned.
+    """
+    runner = Runner(found.gm, options, found, example_inputs)
     inputs = [hint(x) if isinstance(x, SymInt) else x for x in example_inputs]
     length = runner.shapes.length(runner.shapes.sizes(inputs))
     if length >= options.min_length:
@@ -95,7 +98,7 @@ def sparse(
         return inductor(gm, example_inputs, options)
     policy = runner.tensor(None)
     rewritten = rewrite(
-        gm, runner.sites, policy, selector=options.selector, min_length=options.min_length,
+        found.gm, runner.sites, policy, selector=options.selector, min_length=options.min_length,
         compensation=options.compensation,
     )  # fmt: skip
     LOGGER.info("%d of %d sites rewritten", len(runner.sites), len(found.sites))

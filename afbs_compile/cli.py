@@ -207,5 +207,10 @@ def add_bench_options(command: argparse.ArgumentParser) -> None:
 
 def add_doctor(command: argparse.ArgumentParser) -> None:
     """`afbs doctor`."""
+    command.add_argument(
+        "--model", type=Path, metavar="DIR", help="also list a Hugging Face model's attention"
+    )
+    command.add_argument("--tokens", type=int, default=4096, help="of its input (4096)")
+    command.add_argument("--min-length", type=int, help="shorter calls stay dense, in tokens")
     add_cache_dir(command)
     add_json(command)

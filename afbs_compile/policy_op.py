@@ -92,7 +92,7 @@ def site_rows(policy: Policy, name: str, length: int, heads: int) -> Tensor:
 
 def site_at(policy: Policy, name: str, length: int) -> Site | None:
     """What a policy says of a site at a length, or None."""
-    tuning = policy.find_any(bucket_of(length))
+    tuning = policy.find_any(bucket_of(length)) or policy.find_longer(length)
     return tuning.sites.get(name) if tuning else None
 
 

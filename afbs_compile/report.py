@@ -101,8 +101,9 @@ class Report:
         for site in self.sites:
             density = "" if site.density is None else f"  density {site.density:.2f}"
             kernel = f"  {site.kernel}" if site.kernel and site.decision == "sparse" else ""
+            calls = "" if site.calls is None else f"  {site.calls} calls"
             why = site.reason or site.decided_by or ""
-            yield f"  {site.name}: {site.decision}{density}{kernel}  {why}".rstrip()
+            yield f"  {site.name}: {site.decision}{density}{kernel}{calls}  {why}".rstrip()
         for reason, count in self.reasons.most_common():
             yield f"  {count} × {reason} → {next_step(reason)}"
 

@@ -60,7 +60,7 @@ def shape_refusal(enable_gqa: bool, tensors: list[torch.Tensor]) -> str | None:
     """Shapes that the kernels do not take."""
     q, k, v = tensors
     if {q.dim(), k.dim(), v.dim()} != {4}:
-        return f"{q.dim()}-D tensors (4-D needed)"
+        return f"{q.dim()}-D tensors (3-D or 4-D needed)"
     heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[3]
     if any(isinstance(n, SymInt) for n in (heads, kv_heads, v.shape[1], dim, v.shape[3])):
         return "symbolic head count or head dim"
@@ -105,6 +105,4 @@ def mask_refusal(call: Call) -> str | None:
         return None if isinstance(call.is_causal, bool) else "is_causal known only at run time"
     if not isinstance(call.attn_mask, Node):
         return "mask is no tensor"
-    if value(call.attn_mask).dtype != torch.bool:
-        return "additive float mask"
     return "both attn_mask and is_causal" if call.is_causal else None
