@@ -1,4 +1,4 @@
-"""`afbs bench`: what do kernels, tuning and the backend reach on this machine?"""
+"""`afbs bench`: what do kernels, tuning, the backend and balanced training reach?"""
 
 from argparse import Namespace
 
@@ -9,7 +9,7 @@ def run(args: Namespace) -> int:
     """Measure, and print tables or the whole result."""
     kinds = {
         "attention": attention, "tuner": tuner, "quality": quality, "retrieval": retrieval,
-        "coverage": coverage, "fuzz": fuzz, "decode": decode,
+        "coverage": coverage, "fuzz": fuzz, "balance": balance, "decode": decode,
     }  # fmt: skip
     return kinds[args.what](args)
 
@@ -61,6 +61,18 @@ def retrieval(args: Namespace) -> int:
         emit_json(document)
     else:
         retrieval.show(document)
+    return 0
+
+
+def balance(args: Namespace) -> int:
+    """Balanced training on simulated clusters."""
+    from afbs_compile.bench import balance, balance_show
+
+    document = balance.run(args, args.output)
+    if args.json:
+        emit_json(document)
+    else:
+        balance_show.show(document)
     return 0
 
 
