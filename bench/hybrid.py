@@ -21,13 +21,12 @@ from afbs_compile.bench.ledger import Ledger, Row
 from afbs_compile.bench.windows import Text
 from afbs_compile.commands.errors import CommandError
 from afbs_compile.commands.hybrid_options import add_bench_hybrid_options
-from afbs_compile.demo import model as models
+from afbs_compile.commands.hybridize import load
 from afbs_compile.demo.model import LanguageModel
 from afbs_compile.hybrid_calibration import samples
 from afbs_compile.hybrid_losses import Losses
 from afbs_compile.hybrid_objective import FIGURES
 from afbs_compile.hybridizing import Subject, Wishes, subject
-from afbs_compile.options import default_cache_dir
 from afbs_compile.progress import OnProgress, Progress
 from afbs_compile.tuner.bosch import Found, Search
 from afbs_compile.tuner.heads import Bits, Impossible, text
@@ -72,6 +71,7 @@ def run(args: Namespace, output: Path | None) -> dict[str, Any]:
     name = "hybrid" if torch.cuda.is_available() else "hybrid_cpu"
     ledger = Ledger(name, KEY, output, args.seconds)
     model = load(args)
+    model = replace(model, name=args.name) if args.name else model
     texts = windows.read(args.text, str(args.unseen), model)
     with Progress() as progress:
         for tokens in windows.numbers(args.tokens, "--tokens"):
@@ -85,16 +85,6 @@ def run(args: Namespace, output: Path | None) -> dict[str, Any]:
     if args.plot:
         hybrid_show.draw(document, args.plot)
     return document
-
-
-def load(args: Namespace) -> LanguageModel:
-    """The model of the command line."""
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    if args.model == "smollm2":
-        model = models.smollm2(args.cache_dir or default_cache_dir(), dtype)
-    else:
-        model = models.from_folder(Path(args.model), dtype)
-    return replace(model, name=args.name) if args.name else model
 
 
 def setup(
