@@ -160,6 +160,8 @@ def sessions(draw):
 @example(((2, 2), [[(4, 2), None], [(4, 2), (4, 2)]], [7, 6, 5], [5, 1, 1], 7))
 @example(((2, 2), [[(4, 2), (4, 2)], [(1, 0), (1, 0)]], [12, 2, 1], [5, 5, 1, 1], 12))
 @example(((2, 1), [[(8, 4), None], [None, (3, 9)]], [3, 2], [2, 1], 40))  # all shorter than sinks
+@example(((2, 2), [[(6, 3), None]] * 2, [12, 9], [8, 4], 20))  # a ring that is not full yet
+@example(((2, 2), [[(2, 0), None]] * 2, [4, 3], [1, 3], 6))  # a chunk of padding alone
 @settings(max_examples=20)
 def test_any_session(session):
     check(*session)
