@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from afbs_compile import logs
+from afbs_compile.commands.coverage_options import add_coverage_options, add_fuzz_options
 from afbs_compile.commands.errors import CommandError
 from afbs_compile.commands.quality_options import add_quality_options, add_retrieval_options
 from afbs_compile.commands.tuner_options import add_tuner_options
@@ -180,6 +181,8 @@ def add_bench(command: argparse.ArgumentParser) -> None:
         ("tuner", "search strategies side by side on a language model", add_tuner_options),
         ("quality", "perplexity and KL of a language model by setting", add_quality_options),
         ("retrieval", "what a language model still finds by setting", add_retrieval_options),
+        ("coverage", "many models run in many ways: rewritten, and right?", add_coverage_options),
+        ("fuzz", "random models against dense ones", add_fuzz_options),
     ):
         kind = kinds.add_parser(name, help=about)
         add(kind)

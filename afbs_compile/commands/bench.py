@@ -1,4 +1,4 @@
-"""`afbs bench`: what do kernels, selection, tuning and search strategies reach on this machine?"""
+"""`afbs bench`: what do kernels, tuning and the backend reach on this machine?"""
 
 from argparse import Namespace
 
@@ -7,7 +7,10 @@ from afbs_compile.commands.output import emit_json, emit_text
 
 def run(args: Namespace) -> int:
     """Measure, and print tables or the whole result."""
-    kinds = {"attention": attention, "tuner": tuner, "quality": quality, "retrieval": retrieval}
+    kinds = {
+        "attention": attention, "tuner": tuner, "quality": quality, "retrieval": retrieval,
+        "coverage": coverage, "fuzz": fuzz,
+    }  # fmt: skip
     return kinds[args.what](args)
 
 
@@ -59,3 +62,27 @@ def retrieval(args: Namespace) -> int:
     else:
         retrieval.show(document)
     return 0
+
+
+def coverage(args: Namespace) -> int:
+    """The matrix; 1 if a cell is wrong."""
+    from afbs_compile.bench import coverage, coverage_table
+
+    document = coverage.run(args, args.output)
+    if args.json:
+        emit_json(document)
+    else:
+        emit_text(coverage_table.coverage(document))
+    return int(any(coverage_table.wrong(row) for row in document["rows"]))
+
+
+def fuzz(args: Namespace) -> int:
+    """Random models; 1 if one is wrong."""
+    from afbs_compile.bench import fuzz
+
+    document = fuzz.run(args, args.output)
+    if args.json:
+        emit_json(document)
+    else:
+        emit_text(fuzz.summary(document))
+    return int(any(row["wrong"] for row in document["rows"]))
