@@ -1,4 +1,4 @@
-"""Tables of README and docs, made from committed results. `python bench/tables.py [--check]`."""
+"""Tables of README and docs, made from committed results: `python bench/tables.py [--check]`."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "coverage.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("coverage", "training")))
 LENGTHS = (8192, 16384, 32768)
 SHOWN, NEAR, ALL = 0.25, 0.05, 0.99  # share of the visible blocks
 LEGEND = "A quarter of the blocks, the same for all but cuDNN; bf16, head dim 128, 32 heads."
@@ -155,6 +155,13 @@ def cell(frontier: Any, curve: list[Any]) -> str:
     return f"{signs[sparsity.where]}{sparsity.value:.2f} ({signs[kl.where]}{kl.value:.3f})"
 
 
+def balance(document: Document) -> str:
+    """What balanced batches and budgets gain on simulated clusters."""
+    from afbs_compile.bench import balance_show  # other tables are made without the package
+
+    return f"{balance_show.markdown(document)}\n\n{origin(document)}"
+
+
 def coverage(document: Document) -> str:
     """What became of the attention of many models."""
     from afbs_compile.bench import coverage_table
@@ -163,6 +170,7 @@ def coverage(document: Document) -> str:
 
 
 TABLES = {
+    "balance": ("balance", balance),
     "demo": ("demo_cpu", demo),
     "attention": ("attention", attention),
     "quality": ("quality", quality),

@@ -1,4 +1,4 @@
-"""`afbs bench`: what do kernels, tuning and the backend reach on this machine?"""
+"""`afbs bench`: what do kernels, tuning, the backend and balanced training reach?"""
 
 from argparse import Namespace
 
@@ -9,7 +9,7 @@ def run(args: Namespace) -> int:
     """Measure, and print tables or the whole result."""
     kinds = {
         "attention": attention, "tuner": tuner, "quality": quality, "retrieval": retrieval,
-        "coverage": coverage, "fuzz": fuzz,
+        "coverage": coverage, "fuzz": fuzz, "balance": balance, "decode": decode,
     }  # fmt: skip
     return kinds[args.what](args)
 
@@ -64,6 +64,18 @@ def retrieval(args: Namespace) -> int:
     return 0
 
 
+def balance(args: Namespace) -> int:
+    """Balanced training on simulated clusters."""
+    from afbs_compile.bench import balance, balance_show
+
+    document = balance.run(args, args.output)
+    if args.json:
+        emit_json(document)
+    else:
+        balance_show.show(document)
+    return 0
+
+
 def coverage(args: Namespace) -> int:
     """The matrix; 1 if a cell is wrong."""
     from afbs_compile.bench import coverage, coverage_table
@@ -86,3 +98,15 @@ def fuzz(args: Namespace) -> int:
     else:
         emit_text(fuzz.summary(document))
     return int(any(row["wrong"] for row in document["rows"]))
+
+
+def decode(args: Namespace) -> int:
+    """Tokens a second of a hybrid cache."""
+    from afbs_compile.bench import decode, decode_show
+
+    document = decode.run(args, args.output)
+    if args.json:
+        emit_json(document)
+    else:
+        decode_show.show(document)
+    return 0

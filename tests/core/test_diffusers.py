@@ -75,6 +75,7 @@ def run(model, inputs):
         return model(**inputs, return_dict=False)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [flux, sd3, wan])
 def test_every_attention_of_a_denoiser_is_sparse(make):
     from afbs_compile.integrations import diffusers as integration

@@ -1,8 +1,10 @@
 """Models that run without `torch.compile`: the compile path's policies, sites and results."""
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -99,7 +101,7 @@ def taus(policy, tau):
     return replace(policy, tunings=tuple(tunings))
 
 
-@pytest.mark.parametrize("first", ["eager", "compiled"])
+@pytest.mark.parametrize("first", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_one_policy_serves_both_paths(first):
     model, x = Model(), tokens()
     dense = run(model, x)
@@ -124,15 +126,16 @@ def test_a_later_start_finds_the_policy_without_a_trace(monkeypatch):
     model, x = Model(), tokens()
     with afbs_compile.sparse(model, **OPTIONS):
         tuned = run(model, x)
-    monkeypatch.setattr(shelf, "trace", None)
+    monkeypatch.setattr(shelf, "Tracer", lambda options: None)
     with afbs_compile.sparse(model, **OPTIONS):
         assert torch.equal(run(model, x), tuned)
 
 
+@pytest.mark.slow
 def test_ahead_of_time_tuning_is_found_without_a_trace(monkeypatch):
     model, x = Model(), tokens()
     afbs_compile.tune(model, [x], **OPTIONS)
-    monkeypatch.setattr(shelf, "trace", None)
+    monkeypatch.setattr(shelf, "Tracer", lambda options: None)
     with afbs_compile.sparse(model, **OPTIONS):
         run(model, x)
     assert len(rewritten()) == 3
@@ -182,6 +185,31 @@ def test_a_new_length_is_tuned_at_its_second_call_and_short_ones_are_dense():
     assert len(rewritten()) == 3
 
 
+@pytest.mark.slow
+@torch._dynamo.config.patch(recompile_limit=3)
+def test_many_lengths_never_meet_the_recompile_limit():
+    model, lengths = Model(), (160, 200, 260, 330, 400)
+    assert len({bucket_of(n) for n in lengths}) == len(lengths)
+    with afbs_compile.sparse(model, **OPTIONS):
+        for length in lengths:
+            run(model, tokens(length))
+            run(model, tokens(length))
+            JOURNAL.clear()
+            run(model, tokens(length))
+            assert len(rewritten()) == 3
+
+
+def test_a_watched_model_can_be_collected():
+    model = Model()
+    afbs_compile.sparse(model, **OPTIONS)
+    run(model, tokens())
+    gone = weakref.ref(model)
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert gone() is None
+
+
 def test_masks_and_gradients_stay_sdpas():
     model, x = Model(), tokens()
     mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(3)
@@ -219,6 +247,7 @@ class Data(nn.Module):
         return self.attention(x)
 
 
+@pytest.mark.slow
 def test_graph_breaks_do_not_matter():
     model, x = Data(), tokens()
     dense = run(model, x)
@@ -258,6 +287,7 @@ def test_copies_and_pickles_of_a_watched_model_are_plain():
         assert torch.equal(run(model, x), tuned)
 
 
+@pytest.mark.slow
 def test_other_models_are_not_touched():
     model, other, x = Model(), Model(seed=1), tokens()
     dense = run(other, x)

@@ -92,7 +92,7 @@ def test_one_policy_serves_attn_implementation_and_compile():
 def test_the_name_alone_finds_a_policy_made_ahead_of_time(monkeypatch):
     model, x = model_of(), ids()
     afbs_compile.tune(model, [{"input_ids": x}], **OPTIONS)
-    monkeypatch.setattr(shelf, "trace", None)
+    monkeypatch.setattr(shelf, "Tracer", lambda options: None)
     hf.register(**OPTIONS)
     model.set_attn_implementation("afbs")
     dense = logits(model_of(), x)
@@ -101,6 +101,7 @@ def test_the_name_alone_finds_a_policy_made_ahead_of_time(monkeypatch):
     hf.disable(model)
 
 
+@pytest.mark.slow
 def test_the_name_alone_tunes_at_the_second_call_of_a_length():
     model, x = model_of(), ids()
     hf.register(**OPTIONS)
@@ -129,6 +130,7 @@ def test_generate_prefills_sparse_and_decodes_dense():
     assert not [r for r in afbs_compile.explain().reasons if "not tuned" not in r]
 
 
+@pytest.mark.slow
 def test_chunked_prefill_is_exact_and_sparse():
     model = model_of()
     x = ids(900)
@@ -180,6 +182,7 @@ def test_padding_and_gradients_stay_sdpas():
     hf.disable(model)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_with_the_name_is_the_compile_paths():
     model, x = model_of(), ids()
     hf.enable(model, **OPTIONS)
