@@ -152,6 +152,7 @@ def test_everything_kept_is_dense_and_policies_are_swapped():
         assert torch.equal(run(model, x), tuned)
 
 
+@pytest.mark.slow
 def test_a_policy_file_is_used_as_it_is(tmp_path):
     model, x = Model(), tokens()
     dense = run(model, x)
@@ -168,6 +169,7 @@ def test_a_policy_file_is_used_as_it_is(tmp_path):
     assert set(afbs_compile.explain().reasons) == {"the policy file is of another model"}
 
 
+@pytest.mark.slow
 def test_a_new_length_is_tuned_at_its_second_call_and_short_ones_are_dense():
     model = Model()
     with afbs_compile.sparse(model, **OPTIONS):

@@ -152,6 +152,7 @@ def test_chunked_prefill_is_exact_and_sparse():
     hf.disable(model)
 
 
+@pytest.mark.slow
 def test_a_sliding_window_needs_no_mask_tensor(monkeypatch):
     model, x = model_of("Mistral", sliding_window=200), ids(600)
     dense = logits(model, x)
