@@ -13,16 +13,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import afbs_compile
-from afbs_compile import aliases, backend, cache, calibrate, carry, engine, rulings, shelf
+from afbs_compile import aliases, backend, cache, engine, rulings, shelf
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.logs import AfbsWarning
 from afbs_compile.policy import bucket_of
 from afbs_compile.report import JOURNAL
-from afbs_compile.timing import Speed
 
 LENGTH = 512
 OPTIONS = {"min_length": 128, "max_error": 0.3}
-pytestmark = pytest.mark.usefixtures("fresh_dynamo", "clean")
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "always_faster", "clean")
 
 
 class Attention(nn.Module):
@@ -66,11 +65,9 @@ def tokens(length=LENGTH, seed=0):
 
 @pytest.fixture
 def clean(monkeypatch):
-    """No journal, no Inductor, and sparse is always faster."""
+    """No journal, no Inductor."""
     JOURNAL.clear()
     monkeypatch.setattr(backend, "inductor", lambda gm, inputs, options: gm.forward)
-    for module in (calibrate, carry):
-        monkeypatch.setattr(module, "measure", lambda *_: Speed(1.0, 0.0, 0.5))
     yield
     JOURNAL.clear()
 

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 import afbs_compile
-from afbs_compile import backend, cache, calibrate, carry, shelf
+from afbs_compile import backend, cache, shelf
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.passes.masks import as_tensor
 from afbs_compile.report import JOURNAL
-from afbs_compile.timing import Speed
 
 transformers = pytest.importorskip("transformers")
 hf = pytest.importorskip("afbs_compile.integrations.transformers")
@@ -23,16 +22,14 @@ SIZES = {
     "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
     "max_position_embeddings": 2048,
 }  # fmt: skip
-pytestmark = pytest.mark.usefixtures("fresh_dynamo", "clean")
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "always_faster", "clean")
 
 
 @pytest.fixture
 def clean(monkeypatch):
-    """No journal, no Inductor, and sparse is always faster."""
+    """No journal, no Inductor."""
     JOURNAL.clear()
     monkeypatch.setattr(backend, "inductor", lambda gm, inputs, options: gm.forward)
-    for module in (calibrate, carry):
-        monkeypatch.setattr(module, "measure", lambda *_: Speed(1.0, 0.0, 0.5))
     yield
     JOURNAL.clear()
 
