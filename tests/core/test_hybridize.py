@@ -128,7 +128,7 @@ def test_a_resumed_run_is_the_whole_run(seed):
         assert torch.equal(found, whole(bits))
         assert torch.equal(found, tight(bits))
     assert resumed.runs[0].ran < whole.runs[0].ran
-    assert tight.runs[0].size_bytes() <= 700_000
+    assert tight.runs[0].size_bytes <= 700_000
 
 
 def test_what_a_graph_writes_to_is_never_resumed():
