@@ -12,6 +12,7 @@ from afbs_compile import backend
 from afbs_compile.bench import forced, zoo
 from afbs_compile.bench.forced import distance
 from afbs_compile.bench.zoo import ByHand
+from afbs_compile.policy import Head
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 LENGTHS = (200, 130, 300)
@@ -71,11 +72,11 @@ def test_inductors_options_and_mode_are_forwarded(monkeypatch):
     monkeypatch.setattr(
         backend, "compile_fx", lambda gm, x, config_patches: given.append(config_patches) or gm
     )
-    with forced.forced(forced.every(1.0)) as force, torch.no_grad():
+    with forced.interpreted(), forced.forced(forced.every(1.0), "inductor") as force:
         options = {"min_length": 1, "cache_dir": force.cache_dir, "triton.cudagraphs": True}
-        torch.compile(model(), backend="afbs", options=options)(x())
+        run(torch.compile(model(), backend="afbs", options=options), [200])
         torch._dynamo.reset()
-        torch.compile(nn.Linear(zoo.WIDTH, 2), backend="afbs", mode="max-autotune")(x())
+        run(torch.compile(nn.Linear(zoo.WIDTH, 2), backend="afbs", mode="max-autotune"), [200])
     assert given[0] == {"triton.cudagraphs": True}
     assert given[1]["max_autotune"]
 
@@ -91,6 +92,7 @@ def test_an_exported_model_is_dense_and_can_be_compiled_with_us(force):
     assert distance(found, one(x())) < EXACT
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_autograd(force):
     """The backward graph that Dynamo captures holds no attention call of ours that it cannot."""
     one = model()
@@ -148,7 +150,7 @@ def test_models_take_turns(force):
             for one, call in zip(models, compiled, strict=True):
                 assert distance(call(x(seed=turn)), one(x(seed=turn))) < EXACT
     graphs = force.graphs
-    force.move(forced.every(0.5))
+    force.move(lambda site: (Head("window", 1.0, window=8, sink=0),) * site.heads)
     with torch.no_grad():
         assert distance(compiled[1](x()), models[1](x())) > 1e-3
     assert force.graphs == graphs
