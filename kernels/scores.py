@@ -157,7 +157,9 @@ def mean_scores(
     """Selector `mean`: scores and gated blocks, both `[B, Hq, NQ, NK]`."""
     batch, heads, length_q, dim = q.shape
     qs, ks = Blocks.of(length_q, block_m, q.device), Blocks.of(k.shape[2], block_n, q.device)
-    theta = policy[:, col.THETA].view(k.shape[1], -1, 1)
+    # a budget has no gate: what it keeps must be known before
+    theta = policy[:, col.THETA].masked_fill(policy[:, col.BUDGET] > 0, -1.0)
+    theta = theta.view(k.shape[1], -1, 1)
     gated_q = similarity(q, block_m).view(batch, k.shape[1], -1, len(qs)) < theta
     gated_k = similarity(k, block_n)[:, :, None] < theta
     qp = pool(q, block_m).view(batch, k.shape[1], -1, len(qs), dim)
