@@ -1,7 +1,8 @@
 """Block-sparse attention that tunes itself: `torch.compile(model, backend="afbs")`.
 
-`tune` makes a policy ahead of time, `use_policy` puts another one into running models, `explain`
-tells what became of every attention call. Importing this package loads neither torch nor triton.
+`tune` makes a policy ahead of time, `use_policy` puts another one into running models,
+`set_budget` changes how much their sites keep, `explain` tells what became of every attention
+call. Importing this package loads neither torch nor triton.
 """
 
 from importlib import import_module
@@ -9,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from afbs_compile.ahead import tune
+    from afbs_compile.budgets import set_budget
     from afbs_compile.policy import Policy
     from afbs_compile.report import explain
     from afbs_compile.runner import use_policy
 
 __version__ = "0.1.0"
-__all__ = ["Policy", "explain", "tune", "use_policy"]
+__all__ = ["Policy", "explain", "set_budget", "tune", "use_policy"]
 
 HOMES = {
     "Policy": "afbs_compile.policy",
     "explain": "afbs_compile.report",
+    "set_budget": "afbs_compile.budgets",
     "tune": "afbs_compile.ahead",
     "use_policy": "afbs_compile.runner",
 }

@@ -1,5 +1,6 @@
 """The backend end to end on a small model: tune, cache, rewrite, swap policies, survive."""
 
+import re
 import warnings
 from dataclasses import replace
 
@@ -142,7 +143,7 @@ def test_every_head_keeps_its_promise(evaluator, strategy, fidelity):
     model, x = Model(), tokens(2048 if fidelity == "sequence-length" else LENGTH)
     run(model, x, evaluator=evaluator, strategy=strategy, fidelity=fidelity, max_error=0.2)
     (tuning,) = stored().tunings
-    (runner,) = [r for r in RUNNERS if r.policies]
+    (runner,) = [r for r in RUNNERS if r.bounds or r.buckets]
     args = [p if isinstance(p, nn.Parameter) else x for p in inputs_of(runner, model, x)]
     stream = Stream(runner.gm, args, runner.sites)
     sparse_heads = 0
@@ -174,7 +175,7 @@ def test_compensation_is_tuned_and_run():
         out = run(model, x, compensation=name, max_error=0.2)
         assert afbs_compile.explain().calibration.cache == "miss"
         assert 0 < relative(out, eager(model, x)) < 0.3
-        (runner,) = [r for r in RUNNERS if r.policies]
+        (runner,) = [r for r in RUNNERS if r.bounds or r.buckets]
         (tuning,) = [t for t in stored().tunings if t.options["compensation"] == name]
         args = [p if isinstance(p, nn.Parameter) else x for p in inputs_of(runner, model, x)]
         stream = Stream(runner.gm, args, runner.sites)
@@ -347,7 +348,7 @@ BROKEN = [
     ("truncated", lambda text: text[: len(text) // 2], "cannot be used"),
     (
         "foreign",
-        lambda text: text.replace(Policy.from_json(text).model, "f" * 32),
+        lambda text: re.sub(r'"(model|weights)": "\w{32}"', rf'"\1": "{"f" * 32}"', text),
         "another model",
     ),
 ]
