@@ -52,7 +52,7 @@ def set_budget(model: nn.Module | str, budgets: Mapping[str, Budget]) -> int:
     if unknown := sorted(wanted.keys() - names):
         warn(f"no site called {', '.join(unknown)} has run in the model; it has "
              f"{', '.join(sorted(names)) or 'none'}")  # fmt: skip
-    return sum(name in wanted for name, _, _ in known)
+    return len(wanted.keys() & names)
 
 
 def checked(name: str, budget: Any) -> float | tuple[float, ...] | None:

@@ -147,10 +147,8 @@ class Runner:
         """A variant with its policies."""
         names = tuple(site.name for site in sites)
         if names not in self.variants:
-            self.variants[names] = torch.compile(  # compiles when first used
-                self.rewritten(sites), dynamic=bool(self.shapes.positions) or not sites,
-                options=self.options.inductor or None,
-            )  # fmt: skip
+            dynamic = bool(self.shapes.positions) or not sites
+            self.variants[names] = later(self.rewritten(sites), dynamic, self.options)
         tuned = self.tensor(sites, tuning)
         bound = Bound(self.variants[names], sites, tuned, None)
         if sites:
@@ -205,6 +203,11 @@ class Runner:
             for (weights, _), bound in self.buckets.items():
                 if bound.policy is not None and self.layers.get(weights) is layer:
                     bound.policy = self.effective(bound, layer)
+
+
+def later(gm: GraphModule, dynamic: bool, options: Options) -> Callable[..., Any]:
+    """A variant that compiles when it is first used."""
+    return torch.compile(gm, dynamic=dynamic, options=options.inductor or None)
 
 
 def needs_gradient(site: Site) -> bool:

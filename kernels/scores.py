@@ -140,7 +140,7 @@ def sub_scores(
     seen = (first <= high[:, None]) & (last >= low[:, None])
     seen = seen & (first >= sink.view(*groups, 1, 1))
     mass = in_blocks(masked_softmax(x, seen), -1, sub_n).sum(-1)
-    square = in_blocks(mass * mass, -2, sub_m).sum(-2)
+    square = in_blocks(mass.square(), -2, sub_m).sum(-2)
     return normalise(square.sqrt())
 
 
