@@ -24,7 +24,7 @@ from afbs_compile.timing import Speed
 from afbs_compile.weights import LAYERS as LAYERS_KNOWN
 from afbs_compile.weights import site_keys
 
-LENGTH, LAYERS, HEADS, DIM = 520, 12, 2, 32
+LENGTH, LAYERS, HEADS, DIM = 328, 12, 2, 32
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo", "uncompiled", "clean"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="the processor's path"),
@@ -228,7 +228,7 @@ def test_budgets_hold_at_other_lengths(model, file):
     run(tokens())
     budgets = [0.3 + n / 30 for n in range(LAYERS)]
     afbs_compile.set_budget(model, {f"layers.{n}": b for n, b in enumerate(budgets)})
-    x = tokens(600)
+    x = tokens(400)
     want = oracle(model, x, tensors(policy, budgets))
     torch.testing.assert_close(run(x), want, atol=1e-4, rtol=1e-4)
 
@@ -283,10 +283,10 @@ def test_trained_layers_stay_who_they_are(model, file):
     file.write_text(policy.to_json())
     run = by_block(model, file, rule="tau")
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    for length in (LENGTH, 600, 700):
+    for length in (LENGTH, 350, 400):
         run(tokens(length)).square().mean().backward()
         optimizer.step()
-    x = tokens(900)
+    x = tokens(500)
     torch.testing.assert_close(run(x), oracle(model, x, tensors(policy)), atol=1e-3, rtol=1e-3)
 
 
