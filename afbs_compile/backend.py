@@ -50,7 +50,7 @@ def afbs(
     found = plan(gm, example_inputs, wishes.min_length, wishes.compensation)
     reason = standing_reason(example_inputs, wishes)
     if reason:
-        found = Plan([], found.refused | {s.name: reason for s in found.sites}, [])
+        found = Plan(gm, [], found.refused | {s.name: reason for s in found.sites}, [])
     JOURNAL.add_sites([SiteReport(n, "refused", r) for n, r in found.refused.items()])
     if not found.sites:
         return inductor(gm, example_inputs, wishes)
@@ -87,7 +87,8 @@ def sparse(
     """Tune a graph that has sites, rewrite those that gain, compile.
 
     What DDPOptimizer cuts out comes with fake inputs: it is compiled as if all sites gained, and
-    tuned in the first call.
+    tuned in the first call. If no site gains, the graph is compiled as it came, not as it was
+    planned.
     """
     runner = Runner(gm, options, found, example_inputs)
     inputs = [hint(x) if isinstance(x, SymInt) else x for x in example_inputs]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from afbs_compile.logs import warn
-from afbs_compile.runner import RUNNERS
+from afbs_compile.runner import RUNNERS, Runner
 from afbs_compile.weights import LAYERS, LOCK, Layer, full_name, module_of
 
 WRAPPERS = frozenset({"_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -45,7 +45,7 @@ def set_budget(model: nn.Module | str, budgets: Mapping[str, Budget]) -> int:
             if name in wanted:
                 put(layer, site, wanted[name])
                 changed[id(layer)] = layer
-        for runner in list(RUNNERS):
+        for runner in [r for r in RUNNERS if isinstance(r, Runner)]:
             for layer in changed.values():
                 runner.refresh(layer)
     names = {name for name, _, _ in known}

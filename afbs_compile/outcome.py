@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from afbs_compile.calibrate import describe
+from afbs_compile.kernels.dispatch import kernel_of
 from afbs_compile.passes.rewrite import Site
+from afbs_compile.passes.sites import value
 from afbs_compile.policy import Tuning
 from afbs_compile.report import JOURNAL, SiteReport
 from afbs_compile.weights import Layer
@@ -31,9 +33,11 @@ def report(sites: Sequence[Site], found: Tuning | str, layer: Layer, first: bool
 def site_report(site: Site, tuning: Tuning) -> SiteReport:
     """What became of a tuned site."""
     policy = tuning.sites.get(site.name)
+    query = value(site.call.query)
     known = SiteReport(
         site.name, "dense", "not in the policy", describe(site),
         site.heads, site.kv_heads, site.head_dim, tuning.length,
+        kernel=kernel_of(query.device, query.dtype, site.head_dim),
     )  # fmt: skip
     if policy is None:
         return known

@@ -14,7 +14,7 @@ another variant of the graph, which is compiled when it is first needed.
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,7 +35,19 @@ from afbs_compile.source import LOCK, Unusable, resolve
 from afbs_compile.weights import Layer, layer_of
 
 Weights = tuple[int, ...]  # `id` of every weight
-RUNNERS: "weakref.WeakSet[Runner]" = weakref.WeakSet()
+RUNNERS: "weakref.WeakSet[Running]" = weakref.WeakSet()
+
+
+class Running(Protocol):
+    """Something that runs with policies, which can be swapped."""
+
+    def has(self, policy: Policy) -> bool:
+        """Does it run with the weights that this policy was made with?"""
+        ...
+
+    def use(self, policy: Policy) -> None:
+        """From the next call on take the thresholds of the policy's model from it."""
+        ...
 
 
 @dataclass(slots=True)
@@ -59,15 +71,15 @@ class Runner:
     """A compiled graph with its policies; callable like the graph."""
 
     def __init__(
-        self, gm: GraphModule, options: Options, found: Plan, inputs: Sequence[Any]
+        self, came: GraphModule, options: Options, found: Plan, inputs: Sequence[Any]
     ) -> None:
         """Describe the graph; `variants` take what is compiled."""
-        self.gm, self.options = gm, options
+        self.came, self.gm, self.options = came, found.gm, options
         self.sites, self.rules = list(found.sites), found.rules
         self.shapes = Shapes.of(inputs, found.sites)
-        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        placeholders = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
         self.place = {node: n for n, node in enumerate(placeholders)}
-        self.names = weight_names(gm, inputs)
+        self.names = weight_names(self.gm, inputs)
         self.device = next(x.device for x in inputs if isinstance(x, Tensor))
         self.first = self.sites  # those of the variant that is compiled first
         self.training = any(needs_gradient(site) for site in self.sites)
@@ -156,9 +168,9 @@ class Runner:
         return bound
 
     def rewritten(self, sites: list[Site]) -> GraphModule:
-        """The graph with some sites made sparse."""
+        """The graph with some sites made sparse; as it came if none is."""
         if not sites:
-            return self.gm
+            return self.came
         options = self.options
         return rewrite(
             self.gm, sites, self.tensor(sites, None).to(self.device), selector=options.selector,
@@ -190,12 +202,17 @@ class Runner:
                 weakref.finalize(weight, forget, weakref.ref(self), weights)
         return self.layers[weights]
 
-    def use(self, policy: Policy, layer: Layer) -> None:
-        """From the next call on take the thresholds of a layer from a policy."""
+    def has(self, policy: Policy) -> bool:
+        """Was the graph called with the weights of this policy, or with a part of them?"""
+        return any(fits(policy, layer) for layer in self.layers.values())
+
+    def use(self, policy: Policy) -> None:
+        """From the next call on take the thresholds of the layers that it fits from a policy."""
         with LOCK:
-            self.given[layer.key] = policy
-            for weights in [w for w, known in self.layers.items() if known is layer]:
-                purge(self, weights)
+            for weights, layer in self.layers.items():
+                if fits(policy, layer):
+                    self.given[layer.key] = policy
+                    purge(self, weights)
 
     def refresh(self, layer: Layer) -> None:
         """Take the layer's budgets; a new tensor, since a backward may still read the old one."""
@@ -240,13 +257,10 @@ def use_policy(policy: Policy) -> int:
     Returns:
         How many graphs took it; 0 if no compiled model has the policy's weights.
     """
-    took = 0
-    for runner in list(RUNNERS):
-        fitting = {id(layer): layer for layer in runner.layers.values() if fits(policy, layer)}
-        for layer in fitting.values():
-            runner.use(policy, layer)
-        took += bool(fitting)
-    return took
+    fitting = [runner for runner in list(RUNNERS) if runner.has(policy)]
+    for runner in fitting:
+        runner.use(policy)
+    return len(fitting)
 
 
 def fits(policy: Policy, layer: Layer) -> bool:

@@ -36,4 +36,15 @@ def with_news(value: Any, kind: str = "") -> Any:
     if kind == "sites":  # by name
         return {name: with_news(site, "site") for name, site in value.items()}
     known = NEWS["sites"] if kind == "site" else NEWS.get(kind, {})
-    return known | {name: with_news(item, name) for name, item in value.items()}
+    found = known | {name: with_news(item, name) for name, item in value.items()}
+    return rebucketed(found) if kind == "tunings" else found
+
+
+def rebucketed(tuning: dict[str, Any]) -> dict[str, Any]:
+    """A tuning in today's bucket, if it is in that of the time when they were powers of two."""
+    from afbs_compile.policy import bucket_of
+
+    length, bucket = tuning.get("length"), tuning.get("bucket")
+    if type(length) is not int or length < 1 or bucket != 1 << (length - 1).bit_length():
+        return tuning
+    return tuning | {"bucket": bucket_of(length)}

@@ -1,5 +1,6 @@
 """Which tuning applies to a graph at a length? A given file, the cache, or a calibration now."""
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ import torch
 
 from afbs_compile import cache
 from afbs_compile.calibrate import calibrate, describe, finished, tuning
+from afbs_compile.carry import carry, neighbour
 from afbs_compile.logs import warn
 from afbs_compile.measurements import begun
 from afbs_compile.options import Options
@@ -23,6 +25,7 @@ from afbs_compile.store import Store
 from afbs_compile.tuner.trace import Trace
 from afbs_compile.weights import Layer
 
+LOGGER = logging.getLogger(__name__)
 LOCK = threading.RLock()  # one calibration at a time: it saturates the device anyway
 
 
@@ -75,7 +78,7 @@ def read_given(options: Options) -> Policy:
 
 def from_given(policy: Policy, problem: Problem, layer: Layer) -> Tuning:
     """The tuning of a given policy for the problem's length; sites it lacks stay dense."""
-    found = policy.find_any(bucket_of(problem.length))
+    found = policy.find_any(bucket_of(problem.length)) or policy.find_longer(problem.length)
     names = {site.name: site.name for site in problem.sites}
     if policy.model != layer.key:
         names = names_by_weights(policy, problem)
@@ -131,9 +134,12 @@ def measure_now(
             missing = replace(problem, sites=[s for s in problem.sites if s.name not in fitting])
         keep = partial(kept, store, stored or Policy(key, None), known, fitting, problem)
         found: dict[str, SitePolicy] = {}
+        near = None if afresh or known else neighbour(stored, problem)
         try:
             with Progress() as progress:
-                new = calibrate(missing, store, progress, found)
+                new = carried(problem, near, progress) or calibrate(
+                    missing, store, progress, found
+                )
         except KeyboardInterrupt:
             if finished_sites(found):
                 keep(tuning(missing, found, Trace(), 0.0))
@@ -144,6 +150,14 @@ def measure_now(
         result, path = keep(new)
     note("miss", key, problem, result, path)
     return result
+
+
+def carried(problem: Problem, near: Tuning | None, progress: Progress) -> Tuning | None:
+    """The tuning of a close length if it holds here, too; an end-to-end limit is never assumed."""
+    fitting = finished_sites(fitting_sites(near, problem.sites)) if near else {}
+    if len(fitting) < len(problem.sites) or problem.options.limited:
+        return None
+    return carry(problem, fitting, progress)
 
 
 def kept(
@@ -201,6 +215,7 @@ def note(
     origin: str, key: str, problem: Problem, made: Tuning | None, path: object | None
 ) -> None:
     """Write down where a tuning came from."""
+    LOGGER.info("%s tokens: cache %s, policy %s", problem.length, origin, path)
     JOURNAL.add_calibration(
         CalibrationReport(
             cache=origin,

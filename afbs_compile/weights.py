@@ -52,41 +52,46 @@ LAYERS: dict[frozenset[int] | str, Layer] = {}  # by `id` of the weights, or by 
 
 
 def layer_of(
-    named: Sequence[tuple[str, Tensor]], sites: Mapping[str, int], code: str, training: bool
+    weights: Sequence[tuple[str, Tensor]], sites: Mapping[str, int], code: str, training: bool
 ) -> Layer:
     """The layer that some weights belong to; hashes them when it is new.
 
     Args:
-        named: Path in the graph and tensor of every weight.
+        weights: Path in the graph and tensor of every weight.
         sites: Query heads of the graph's attention calls, by path.
         code: What tells layers without weights apart.
         training: Whether the graph computes gradients.
     """
-    identity = frozenset(id(tensor) for _, tensor in named) or code
+    identity = frozenset(id(tensor) for _, tensor in weights) or code
     with LOCK:
         known = LAYERS.get(identity)
-        if known is None or not (known.trained or known.versions == versions(named)):
-            known = LAYERS[identity] = new_layer(named, sites, code)
-            for _, tensor in named:  # an id may be given out again once its tensor is gone
+        if known is None or not (known.trained or known.versions == versions(weights)):
+            known = LAYERS[identity] = new_layer(weights, sites, code)
+            for _, tensor in weights:  # an id may be given out again once its tensor is gone
                 weakref.finalize(tensor, LAYERS.pop, identity, None)
         elif missing := [site for site in sites if site not in known.sites]:
-            known.sites.update(site_keys(rows_of(named), missing))
+            known.sites.update(site_keys(rows_of(weights), missing))
         known.heads |= sites
         known.trained |= training
         return known
 
 
-def new_layer(named: Sequence[tuple[str, Tensor]], sites: Mapping[str, int], code: str) -> Layer:
+def new_layer(weights: Sequence[tuple[str, Tensor]], sites: Mapping[str, int], code: str) -> Layer:
     """A layer, from the content of its weights."""
-    rows = rows_of(named)
-    key = key_of(rows, "" if named else code)
-    ids = {name: id(tensor) for name, tensor in named}
-    return Layer(key, dict(sites), site_keys(rows, sites), ids, versions(named), policy=key)
+    rows = rows_of(weights)
+    key = key_of(rows, "" if weights else code)
+    ids = {name: id(tensor) for name, tensor in weights}
+    return Layer(key, dict(sites), site_keys(rows, sites), ids, versions(weights), policy=key)
 
 
-def versions(named: Iterable[tuple[str, Tensor]]) -> int:
+def named(key: str) -> Layer:
+    """A layer of which nothing but its key is known."""
+    return Layer(key, {}, {}, {}, 0, policy=key)
+
+
+def versions(weights: Iterable[tuple[str, Tensor]]) -> int:
     """How often some weights were written to, in all."""
-    return sum(tensor._version for _, tensor in named if not tensor.is_inference())
+    return sum(tensor._version for _, tensor in weights if not tensor.is_inference())
 
 
 def site_keys(rows: Sequence[Sequence[object]], sites: Iterable[str]) -> dict[str, str]:

@@ -42,6 +42,7 @@ class Setting:
         selector: How block scores are made.
         head: What every head does, or None if it is tuned.
         options: Of `afbs_compile.tune`; empty if it is not tuned.
+        compensation: What stands for a block that is left out.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Setting:
     selector: str
     head: Head | None
     options: Mapping[str, Any]
+    compensation: str = "none"
 
 
 def settings(given: Iterable[str]) -> list[Setting]:
@@ -106,12 +108,12 @@ def tuned(options: dict[str, Any]) -> Setting:
     """A tuning; numbers are levels inside a family, words make families."""
     if not options:
         raise ValueError("it names no option")
-    selector = parse(options).selector
+    wishes = parse(options)
     name = ", ".join(f"{key}={shown(value)}" for key, value in options.items())
     family = ", ".join(
         key if is_number(value) else f"{key}={shown(value)}" for key, value in options.items()
     )
-    return Setting(name, family, selector, None, options)
+    return Setting(name, family, wishes.selector, None, options, wishes.compensation)
 
 
 def plain(text: str) -> Any:

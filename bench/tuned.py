@@ -70,10 +70,10 @@ def thresholds(
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(policy.to_json(), encoding="utf-8")
-    return of_policy(policy, setting.selector, length)
+    return of_policy(policy, setting, length)
 
 
-def of_policy(policy: Policy, selector: str, length: int) -> Thresholds:
+def of_policy(policy: Policy, setting: Setting, length: int) -> Thresholds:
     """The thresholds of a policy at a length; sites it does not name stay dense.
 
     Raises:
@@ -82,7 +82,8 @@ def of_policy(policy: Policy, selector: str, length: int) -> Thresholds:
     tuning = policy.find_any(bucket_of(length))
     if tuning is None:
         raise CommandError(f"the policy has no tuning for {length} tokens")
-    return Thresholds(selector, DENSE, {name: s.heads for name, s in tuning.sites.items()})
+    heads = {name: site.heads for name, site in tuning.sites.items()}
+    return Thresholds(setting.selector, DENSE, heads, setting.compensation)
 
 
 def tune(setting: Setting, model: LanguageModel, calibration: Calibration, length: int) -> Policy:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter
 
-from afbs_compile.kernels import dispatch, flex, selection
+from afbs_compile.kernels import dispatch
 from afbs_compile.kernels import policy_columns as col
 from afbs_compile.kernels.geometry import Blocks, Mask, site_visible
 from afbs_compile.passes.plan import Plan, plan
@@ -32,11 +32,13 @@ class Thresholds:
         selector: How block scores are made.
         everywhere: For all heads of sites without an entry of their own.
         sites: By site name, a `Head` a query head.
+        compensation: What stands for a block that is left out.
     """
 
     selector: str
     everywhere: Head
     sites: Mapping[str, tuple[Head, ...]] = field(default_factory=dict)
+    compensation: str = "none"
 
     def tensor(self, sites: Sequence[Site], device: torch.device) -> Tensor:
         """Policies of all sites, float32 `[sites, Hmax, COLUMNS]`."""
@@ -87,23 +89,20 @@ def attention(
     scale: float,
     selector: str,
     min_length: int,
+    compensation: str = "none",
 ) -> Tensor:
     """What `afbs::attention` does, with its block lists counted."""
     mask = Mask(causal, offset, window)
     block_m, block_n = dispatch.block_sizes(q.device.type)
+    tangent = compensation == "tangent"
     if q.device.type == "cuda":
-        o, _, counts, _ = dispatch.select_and_attend(
+        o, lse, counts, indices = dispatch.select_and_attend(
             q, k, v, policy, mask=mask, scale=scale, selector=selector
         )
+        if tangent:
+            o = dispatch.compensated(o, lse, q, k, v, counts, indices, policy, mask, scale)
     else:
-        counts, indices = selection.select(
-            q, k, policy, mask=mask, scale=scale, selector=selector,
-            core=dispatch.fused_scores(q, k, selector), block_m=block_m, block_n=block_n,
-        )  # fmt: skip
-        o = flex.forward(
-            q, k, v, counts, indices, policy, mask=mask, scale=scale,
-            block_m=block_m, block_n=block_n,
-        )  # fmt: skip
+        o, counts = dispatch.on_cpu(q, k, v, policy, mask, scale, selector, tangent)
     qb, kb = Blocks.of(q.shape[2], block_m, q.device), Blocks.of(k.shape[2], block_n, q.device)
     meter.kept = meter.kept + counts.sum(dtype=torch.float64)
     meter.visible += float(site_visible(mask, qb, kb).sum()) * q.shape[0] * q.shape[1]
@@ -114,9 +113,9 @@ class Graph:
     """One Dynamo graph that runs under the thresholds its model is set to."""
 
     def __init__(self, model: "Variants", gm: GraphModule, found: Plan) -> None:
-        """Rewrite `gm` when it is first needed, once a selector."""
+        """Rewrite `gm` when it is first needed, once a selector and compensation."""
         self.model, self.gm, self.sites = model, gm, found.sites
-        self.rewritten: dict[str, GraphModule] = {}
+        self.rewritten: dict[tuple[str, str], GraphModule] = {}
 
     def __call__(self, *args: Any) -> Any:
         """Run it; the arguments are those of Dynamo's graph."""
@@ -125,11 +124,13 @@ class Graph:
             return self.gm(*args)
         device = next(x.device for x in args if isinstance(x, Tensor))
         policy = thresholds.tensor(self.sites, device)
-        if thresholds.selector not in self.rewritten:
-            self.rewritten[thresholds.selector] = rewrite(
-                self.gm, self.sites, policy, selector=thresholds.selector, min_length=1
-            )
-        return Counted(self.rewritten[thresholds.selector], self.model.meter).run(*args, policy)
+        kind = thresholds.selector, thresholds.compensation
+        if kind not in self.rewritten:
+            self.rewritten[kind] = rewrite(
+                self.gm, self.sites, policy,
+                selector=kind[0], min_length=1, compensation=kind[1],
+            )  # fmt: skip
+        return Counted(self.rewritten[kind], self.model.meter).run(*args, policy)
 
 
 class Variants:

@@ -27,8 +27,18 @@ pytestmark = [
 @pytest.fixture
 def uncompiled(monkeypatch):
     """The kernels' oracles in their places: nothing to compile."""
-    monkeypatch.setattr(flex, "forward", lambda *a, **k: reference.forward(*a, **k)[0])
+    monkeypatch.setattr(flex, "forward", oracle)
     monkeypatch.setattr(dispatch, "fused_scores", lambda *_: None)
+
+
+def oracle(*args, beside, **keywords):
+    o, lse = reference.forward(*args, **keywords)
+    if beside is None:
+        return o
+    total = torch.logaddexp(lse, beside[1])
+    return (
+        o * torch.exp(lse - total)[..., None] + beside[0] * torch.exp(beside[1] - total)[..., None]
+    )
 
 
 @pytest.fixture
@@ -76,6 +86,22 @@ def test_density_is_that_of_the_run(model, selector):
     # the first 64 tokens of the last layer see but their own block: nothing was left out there
     assert torch.allclose(sparse[:64], runs.dense(inputs(model))[:64], atol=1e-4)
     assert not torch.allclose(sparse, runs.dense(inputs(model)), atol=1e-4)
+
+
+def test_compensation_comes_closer_at_the_same_blocks(model):
+    runs = Variants(model.module)
+    dense = runs.dense(inputs(model))
+    least = Head("sparse", 0.0, neighbours=0)
+    plain, kept = runs.sparse(inputs(model), Thresholds("sub8", least))
+    tangent = Thresholds("sub8", least, compensation="tangent")
+    closer, same = runs.sparse(inputs(model), tangent)
+    assert kept == same
+    assert (closer - dense).abs().mean() < 0.9 * (plain - dense).abs().mean()
+
+
+def test_a_setting_knows_its_compensation():
+    plain, tangent = settings.settings(['{"max_error": 0.1, "compensation": ["none", "tangent"]}'])
+    assert [plain.compensation, tangent.compensation] == ["none", "tangent"]
 
 
 def test_sites_follow_their_own_thresholds(model):
