@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from afbs_compile.kernels.data_mask import MaskedBlocks
 from afbs_compile.kernels.fused import fused
 from afbs_compile.kernels.geometry import Blocks, Mask, head_full, window_columns
 from afbs_compile.kernels.lists import from_keep, to_keep
@@ -38,12 +39,13 @@ def forward(
     block_m: int,
     block_n: int,
     beside: tuple[Tensor, Tensor] | None = None,
+    masked: MaskedBlocks | None = None,
 ) -> Tensor:
     """Attention over block lists; arguments as in `kernels.reference.forward`.
 
     `beside` is the output `[B, Hq, Lq, D]` and the lse `[B, Hq, Lq]`, both fp32, of attention over
     other keys that stand in the same softmax; a query block has either no such rows (lse −inf) or
-    no others.
+    no others. `masked` is the part of the mask that comes with the call; not both.
 
     Returns:
         `o` `[B, Hq, Lq, D]` in q's dtype.
@@ -53,6 +55,11 @@ def forward(
     # a short last key block is partial: FlexAttention reads whole blocks
     whole = kb.last - kb.first + 1 == block_n
     full = head_full(mask, policy, qb, kb) & whole
+    elements = None
+    if masked is not None:
+        full = full & masked.every
+        # one tensor, written out: Inductor cannot compile a load that depends on the key alone
+        elements = masked.data.tokens(0, q.shape[2]).expand(-1, -1, q.shape[2], -1).contiguous()
     partial, full = keep & ~full, keep & full
     q, k, v = q.detach(), k.detach(), v.detach()  # FlexAttention looks at requires_grad alone
     batch, heads, _, dim = q.shape
@@ -63,9 +70,12 @@ def forward(
         ends = torch.tensor([k.shape[2], len(kb) * block_n])
         q, k, v, scale = with_key(q, k, v, beside[1], scale, block_n)
     kind = (min(batch, 2), heads, k.shape[1], dim, q.dtype, block_m, block_n, ends is None)
+    if elements is not None:
+        kind += (elements.shape[0] == 1, elements.shape[1] == 1)
+        elements = elements.expand(batch, heads, -1, -1)
     out: Tensor = fused(attend, kind)(
         q, k, v, *from_keep(partial), *from_keep(full), *limits(policy, mask),
-        block_m, block_n, scale, ends,
+        block_m, block_n, scale, ends, elements,
     )  # fmt: skip
     if beside is None:
         return out
@@ -129,15 +139,18 @@ def attend(
     block_n: int,
     scale: float,
     ends: Tensor | None = None,
+    elements: Tensor | None = None,
 ) -> Tensor:
     """The function that is compiled: FlexAttention over partial and full lists.
 
-    `ends` is the number of keys and the position of the key of `with_key`, if there is one.
+    `ends` is the number of keys and the position of the key of `with_key`, if there is one;
+    `elements` `[B, H, Lq, Lk]` is the part of the mask that comes with the call.
     """
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         site = (j <= i + high[h]) & (j > i + low[h])
         seen = site & ((j > i + near[h]) | (j < sink[h]))
+        seen = seen if elements is None else seen & elements[b, h, i, j]
         return seen if ends is None else seen & (j < ends[0]) | (j >= ends[1])
 
     block_mask = BlockMask.from_kv_blocks(
