@@ -14,6 +14,7 @@ from torch import Tensor
 
 from afbs_compile.kernels.geometry import Mask, site_tokens
 
+KINDS = ("key padding", "segments", "elements")  # the parts in words, in their order
 CHUNK_ELEMENTS = 1 << 24  # pairs looked at together; bounds memory at long lengths
 
 
@@ -64,8 +65,8 @@ class DataMask:
     @property
     def kind(self) -> str:
         """Which parts there are, in words."""
-        found = {"key padding": self.keys, "segments": self.k_segments, "elements": self.elements}
-        return " + ".join(name for name, part in found.items() if part is not None)
+        found = zip(KINDS, (self.keys, self.k_segments, self.elements), strict=True)
+        return " + ".join(name for name, part in found if part is not None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,7 +100,7 @@ def gathered(parts: Sequence[Tensor | None], lengths: tuple[int, int]) -> DataMa
     if all(part is None for part in parts):
         return None
     # the dispatcher leaves trailing arguments out that are None
-    keys, q_segments, k_segments, elements = (*parts, *[None] * (4 - len(parts)))
+    keys, q_segments, k_segments, elements = [*parts, None, None, None, None][:4]
     if elements is not None:
         elements = elements[(None,) * (4 - elements.dim())]
         if elements.shape[1] == elements.shape[2] == 1:  # every query of every head sees the same

@@ -58,8 +58,7 @@ def forward(
     elements = None
     if masked is not None:
         full = full & masked.every
-        # one tensor, written out: Inductor cannot compile a load that depends on the key alone
-        elements = masked.data.tokens(0, q.shape[2]).expand(-1, -1, q.shape[2], -1).contiguous()
+        elements = fixed(masked.data.tokens(0, q.shape[2]))
     partial, full = keep & ~full, keep & full
     q, k, v = q.detach(), k.detach(), v.detach()  # FlexAttention looks at requires_grad alone
     batch, heads, _, dim = q.shape
@@ -70,16 +69,26 @@ def forward(
         ends = torch.tensor([k.shape[2], len(kb) * block_n])
         q, k, v, scale = with_key(q, k, v, beside[1], scale, block_n)
     kind = (min(batch, 2), heads, k.shape[1], dim, q.dtype, block_m, block_n, ends is None)
-    if elements is not None:
-        kind += (elements.shape[0] == 1, elements.shape[1] == 1)
-        elements = elements.expand(batch, heads, -1, -1)
-    out: Tensor = fused(attend, kind)(
+    out: Tensor = fused(attend, (*kind, *(() if elements is None else elements.shape)))(
         q, k, v, *from_keep(partial), *from_keep(full), *limits(policy, mask),
         block_m, block_n, scale, ends, elements,
     )  # fmt: skip
     if beside is None:
         return out
     return (out[..., :dim] + out[..., dim : dim + 1] * beside[0]).to(q.dtype)
+
+
+def fixed(tokens: Tensor) -> Tensor:
+    """A bool `[B', H', M, Lk]` with both lengths raised to powers of two, of static shape.
+
+    Inductor takes one symbolic size for another in what a `mask_mod` captures: it replaces names
+    that are prefixes of others. So each power of two has a compilation of its own.
+    """
+    sizes = [n if n == 1 else 1 << (n - 1).bit_length() for n in tokens.shape[2:]]
+    result = tokens.new_zeros(*tokens.shape[:2], *sizes)
+    result[:, :, : tokens.shape[2], : tokens.shape[3]] = tokens
+    torch._dynamo.mark_static(result)
+    return result
 
 
 def has_key(lse: Tensor, block_m: int) -> Tensor:
@@ -144,13 +153,15 @@ def attend(
     """The function that is compiled: FlexAttention over partial and full lists.
 
     `ends` is the number of keys and the position of the key of `with_key`, if there is one;
-    `elements` `[B, H, Lq, Lk]` is the part of the mask that comes with the call.
+    `elements` is from `fixed`.
     """
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         site = (j <= i + high[h]) & (j > i + low[h])
         seen = site & ((j > i + near[h]) | (j < sink[h]))
-        seen = seen if elements is None else seen & elements[b, h, i, j]
+        if elements is not None:
+            at = (x if n > 1 else 0 for x, n in zip((b, h, i), elements.shape, strict=False))
+            seen = seen & elements[*at, j]
         return seen if ends is None else seen & (j < ends[0]) | (j >= ends[1])
 
     block_mask = BlockMask.from_kv_blocks(

@@ -68,7 +68,7 @@ def block_scores(
     size = SUB_BLOCK[selector]
     one_row = q.shape[0] * q.shape[1] * (block_m // size) * -(-k.shape[2] // size)
     rows = max(1, CHUNK_ELEMENTS // one_row)  # query blocks at once
-    keys = pooled_keys(k, policy, size, block_n, masked and masked.data.seen_keys())
+    keys = pooled_keys(k, policy, size, block_n, seen_keys(masked))
     starts = range(0, q.shape[2], rows * block_m)
     parts = []
     for start in starts:
@@ -103,10 +103,13 @@ def pooled_queries(
     return pooled, low, high
 
 
-def shown_to(
-    masked: MaskedBlocks, groups: tuple[int, int], rows: slice
-) -> tuple[Tensor, Tensor]:
-    """Visible blocks `[B', Hkv', G', NQ, NK]` of some query blocks, and where their sinks begin."""
+def seen_keys(masked: MaskedBlocks | None) -> Tensor | None:
+    """Bool `[B', Lk]`: keys that some query may see; None if that is every key."""
+    return None if masked is None else masked.data.seen_keys()
+
+
+def shown_to(masked: MaskedBlocks, groups: tuple[int, int], rows: slice) -> tuple[Tensor, Tensor]:
+    """Visible blocks `[B', Hkv', G', NQ, NK]` of some query blocks, and where sinks begin."""
     heads = groups if masked.some.shape[1] > 1 else (1, 1)
     some, start = masked.some[:, :, rows], masked.start[:, :, rows, None]
     return torch.unflatten(some, 1, heads), torch.unflatten(start, 1, heads)
@@ -194,7 +197,7 @@ def mean_scores(
     qs, ks = Blocks.of(length_q, block_m, q.device), Blocks.of(k.shape[2], block_n, q.device)
     theta = policy[:, col.THETA].view(k.shape[1], -1, 1)
     gated_q = similarity(q, block_m).view(batch, k.shape[1], -1, len(qs)) < theta
-    valid = masked and masked.data.seen_keys()
+    valid = seen_keys(masked)
     gated_k = similarity(k, block_n, valid)[:, :, None] < theta
     qp = pool(q, block_m).view(batch, k.shape[1], -1, len(qs), dim)
     x = qp @ pool(k, block_n, valid).transpose(-1, -2)[:, :, None] * scale
