@@ -190,12 +190,18 @@ def test_what_has_no_kernel_is_refused(problems, policy_tensor):
     assert q.grad is not None
 
 
-def test_one_compilation_serves_all_masks(problems, policy_tensor, monkeypatch):
-    calls = []
-    monkeypatch.setattr(flex, "fused", lambda f, kind: calls.append(kind) or f)
-    q = torch.rand(2, 2, 100, 32)
-    for keys in (torch.ones(2, 100).bool(), torch.rand(2, 100) < 0.5, torch.zeros(2, 100).bool()):
-        torch.ops.afbs.attention(
-            q, q, q, policy_tensor(2), False, 0, 0, 0.3, "sub8", 0, "none", keys
-        )
-    assert len(set(calls)) == 1
+def test_one_compilation_serves_all_paddings(policy_tensor, monkeypatch):
+    kinds = set()
+
+    def record(function, kind):
+        kinds.add((function.__name__, kind))
+        return lambda q, *rest: torch.zeros_like(q)
+
+    monkeypatch.setattr(flex, "fused", record)
+    for length in (70, 100):
+        q = torch.rand(2, 2, length, 32)
+        for ends in ((length, length), (3, 64), (0, 1)):
+            keys = torch.arange(length) < torch.tensor(ends)[:, None]
+            site = (policy_tensor(2), False, 0, 0, 0.3, "sub8", 0, "none")
+            torch.ops.afbs.attention(q, q, q, *site, keys)
+    assert len(kinds) == 1
