@@ -15,7 +15,7 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_map_only
 
-from afbs_compile import cache
+from afbs_compile import aliases, cache
 from afbs_compile.backend import standing_reason
 from afbs_compile.executors import helpers
 from afbs_compile.identity import model_key
@@ -54,16 +54,18 @@ class Recorder:
         """Record for tuning with `options`."""
         self.options = options
         self.graphs: list[Recorded] = []
+        self.refused: dict[str, str] = {}
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
         """Take a graph."""
         found = plan(gm, example_inputs, self.options.min_length, self.options.compensation)
+        self.refused |= found.refused
         if not found.sites or standing_reason(example_inputs, self.options):
             return gm.forward
         named = [(name, example_inputs[n]) for n, name in weight_names(gm, example_inputs).items()]
-        key = model_key(named, "" if named else gm.code)
+        key = model_key(named, "" if named else found.gm.code)
         shapes = Shapes.of(example_inputs, found.sites)
-        self.graphs.append(Recorded(gm, key, found, shapes))
+        self.graphs.append(Recorded(found.gm, key, found, shapes))
         return self.graphs[-1]
 
 
@@ -120,6 +122,7 @@ def tune(
             "no attention call can be made sparse (is max_error 0, or every call shorter than "
             "min_length?); afbs_compile.explain() after a compiled call names the reasons"
         )
+    aliases.store(aliases.module_key(model), {key for _, key in found}, wishes.cache_folder)
     policies: dict[str, Policy] = {}
     with ExitStack() as joined:
         for problem, key in found:  # helpers join what is there

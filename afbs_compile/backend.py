@@ -16,9 +16,12 @@ from torch.fx import GraphModule
 
 from afbs_compile import logs
 from afbs_compile.calibrate import describe
+from afbs_compile.kernels.dispatch import kernel_of
 from afbs_compile.options import Options, disabled, parse
-from afbs_compile.passes.plan import Plan, hint, plan
+from afbs_compile.passes.plan import Plan, plan
 from afbs_compile.passes.rewrite import Site, rewrite
+from afbs_compile.passes.rules import hint
+from afbs_compile.passes.sites import value
 from afbs_compile.policy import Tuning
 from afbs_compile.report import JOURNAL, SiteReport
 from afbs_compile.runner import Runner
@@ -54,7 +57,7 @@ def afbs(
     found = plan(gm, example_inputs, wishes.min_length, wishes.compensation)
     reason = standing_reason(example_inputs, wishes)
     if reason:
-        found = Plan([], found.refused | {s.name: reason for s in found.sites}, [])
+        found = Plan(gm, [], found.refused | {s.name: reason for s in found.sites}, [])
     JOURNAL.add_sites([SiteReport(n, "refused", r) for n, r in found.refused.items()])
     if not found.sites:
         return inductor(gm, example_inputs, wishes)
@@ -77,8 +80,11 @@ def standing_reason(example_inputs: Sequence[Any], options: Options) -> str | No
 def sparse(
     gm: GraphModule, example_inputs: Sequence[Any], options: Options, found: Plan
 ) -> Compiled:
-    """Tune a graph that has sites, rewrite those that gain, compile."""
-    runner = Runner(gm, options, found, example_inputs)
+    """Tune a graph that has sites, rewrite those that gain, compile.
+
+    If none gains, the graph is compiled as it came, not as it was planned.
+    """
+    runner = Runner(found.gm, options, found, example_inputs)
     inputs = [hint(x) if isinstance(x, SymInt) else x for x in example_inputs]
     length = runner.shapes.length(runner.shapes.sizes(inputs))
     if length >= options.min_length:
@@ -93,7 +99,7 @@ def sparse(
         return inductor(gm, example_inputs, options)
     policy = runner.tensor(None)
     rewritten = rewrite(
-        gm, runner.sites, policy, selector=options.selector, min_length=options.min_length,
+        found.gm, runner.sites, policy, selector=options.selector, min_length=options.min_length,
         compensation=options.compensation,
     )  # fmt: skip
     LOGGER.info("%d of %d sites rewritten", len(runner.sites), len(found.sites))
@@ -109,9 +115,11 @@ def inductor(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -
 def site_report(site: Site, tuning: Tuning) -> SiteReport:
     """What became of a tuned site."""
     policy = tuning.sites.get(site.name)
+    query = value(site.call.query)
     known = SiteReport(
         site.name, "dense", "not in the policy", describe(site),
         site.heads, site.kv_heads, site.head_dim, tuning.length,
+        kernel=kernel_of(query.device, query.dtype, site.head_dim),
     )  # fmt: skip
     if policy is None:
         return known

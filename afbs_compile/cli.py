@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from afbs_compile import logs
+from afbs_compile.commands.balance_options import add_balance_options
+from afbs_compile.commands.coverage_options import add_coverage_options, add_fuzz_options
+from afbs_compile.commands.decode_options import add_decode_options
 from afbs_compile.commands.errors import CommandError
 from afbs_compile.commands.quality_options import add_quality_options, add_retrieval_options
 from afbs_compile.commands.tuner_options import add_tuner_options
@@ -180,6 +183,10 @@ def add_bench(command: argparse.ArgumentParser) -> None:
         ("tuner", "search strategies side by side on a language model", add_tuner_options),
         ("quality", "perplexity and KL of a language model by setting", add_quality_options),
         ("retrieval", "what a language model still finds by setting", add_retrieval_options),
+        ("balance", "balanced training on simulated clusters", add_balance_options),
+        ("coverage", "many models run in many ways: rewritten, and right?", add_coverage_options),
+        ("fuzz", "random models against dense ones", add_fuzz_options),
+        ("decode", "tokens a second and bytes of a hybrid cache", add_decode_options),
     ):
         kind = kinds.add_parser(name, help=about)
         add(kind)
@@ -205,5 +212,10 @@ def add_bench_options(command: argparse.ArgumentParser) -> None:
 
 def add_doctor(command: argparse.ArgumentParser) -> None:
     """`afbs doctor`."""
+    command.add_argument(
+        "--model", type=Path, metavar="DIR", help="also list a Hugging Face model's attention"
+    )
+    command.add_argument("--tokens", type=int, default=4096, help="of its input (4096)")
+    command.add_argument("--min-length", type=int, help="shorter calls stay dense, in tokens")
     add_cache_dir(command)
     add_json(command)

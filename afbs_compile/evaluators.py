@@ -145,12 +145,13 @@ def profiled(
     low: Fidelity | None = None,
     lambdas: tuple[float, ...] = OFF,
     compensation: str = "none",
+    most_rows: int = MOST_ROWS,
 ) -> ProfileEvaluator:
-    """Profile a layer: all query blocks, or `MOST_ROWS` spread evenly if there are more."""
+    """Profile a layer: all query blocks, or `most_rows` spread evenly if there are more."""
     block_m, block_n = dispatch.block_sizes(layer.q.device.type)
     policy = policy_at(np.ones(heads), layer.q.device)
     blocks = -(-layer.q.shape[2] // block_m)
-    share = QueryBlocks(min(1.0, MOST_ROWS / blocks))
+    share = QueryBlocks(min(1.0, most_rows / blocks))
     chosen = torch.as_tensor(spread(blocks, share), device=layer.q.device)
     prefix = None
     if isinstance(low, SequenceLength) and not layer.mask.causal:

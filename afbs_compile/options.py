@@ -5,7 +5,6 @@ configuration patches; anything else is an error that names the closest valid op
 """
 
 import difflib
-import logging
 import math
 import numbers
 import os
@@ -18,6 +17,7 @@ import platformdirs
 
 MAX_ERROR = 0.2  # of a head, by default
 LIMITED_ERROR = 0.5  # the same where an end-to-end limit is what protects
+MIN_LENGTH = 2048  # tokens
 MEAN_ERROR_SHARE = 0.3  # of max_error: the mean over heads that tuning may spend by default
 
 STRATEGIES = ("afbs-bo", "afbs-bo-paper", "one-pass", "bisect", "grid", "sparge", "random")
@@ -26,7 +26,6 @@ FIDELITIES = ("query-blocks", "sequence-length")
 SELECTORS = ("sub8", "sub4", "mean")
 EXECUTORS = ("local", "torchrun", "ray")
 COMPENSATIONS = ("none", "tangent")
-LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,7 @@ class Options:
     fidelity: str = "query-blocks"
     selector: str = "sub8"
     compensation: str = "none"
-    min_length: int = 2048
+    min_length: int = MIN_LENGTH
     tuning_budget_s: float | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
 
@@ -271,15 +270,6 @@ def torchrun_local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def log_level() -> int | None:
-    """The level that `AFBS_LOG` asks for, or None.
-
-    Raises:
-        ValueError: `AFBS_LOG` is no level.
-    """
-    level = os.environ.get("AFBS_LOG", "").lower()
-    if not level:
-        return None
-    if level not in LOG_LEVELS:
-        raise ValueError(f"AFBS_LOG is {level!r}; set it to one of {', '.join(LOG_LEVELS)}")
-    return logging.getLevelNamesMapping()[level.upper()]
+def log_words() -> list[str]:
+    """The words of `AFBS_LOG`; `afbs_compile.logs` says what they mean."""
+    return [word for word in os.environ.get("AFBS_LOG", "").replace(" ", "").split(",") if word]

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import SymInt, Tensor
@@ -32,7 +32,19 @@ from afbs_compile.source import LOCK, Unusable, resolve
 
 Sizes = tuple[int, ...]
 Weights = tuple[int, ...]  # `id` of every weight
-RUNNERS: "weakref.WeakSet[Runner]" = weakref.WeakSet()
+RUNNERS: "weakref.WeakSet[Running]" = weakref.WeakSet()
+
+
+class Running(Protocol):
+    """Something that runs with policies, which can be swapped."""
+
+    def has(self, model: str) -> bool:
+        """Does it run with the policy of this model?"""
+        ...
+
+    def use(self, policy: Policy) -> None:
+        """From the next call on take the thresholds of the policy's model from it."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +191,10 @@ class Runner:
         sites = [(site.name, site.heads) for site in self.sites]
         return stacked(sites, tuning.sites if tuning else {}).to(self.device)
 
+    def has(self, model: str) -> bool:
+        """Was the graph called with the weights of this model?"""
+        return model in self.keys.values()
+
     def use(self, policy: Policy) -> None:
         """From the next call on take the thresholds of the policy's model from it."""
         with LOCK:
@@ -226,7 +242,7 @@ def use_policy(policy: Policy) -> int:
     Returns:
         How many graphs took it; 0 if no compiled model has the policy's key.
     """
-    fitting = [runner for runner in list(RUNNERS) if policy.model in runner.keys.values()]
+    fitting = [runner for runner in list(RUNNERS) if runner.has(policy.model)]
     for runner in fitting:
         runner.use(policy)
     return len(fitting)

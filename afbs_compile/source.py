@@ -1,5 +1,6 @@
 """Which tuning applies to a graph at a length? A given file, the cache, or a calibration now."""
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ import torch
 
 from afbs_compile import cache
 from afbs_compile.calibrate import calibrate, describe, finished, tuning
+from afbs_compile.carry import carry, neighbour
 from afbs_compile.kernels.data_mask import KINDS
 from afbs_compile.logs import warn
 from afbs_compile.measurements import begun
@@ -19,10 +21,12 @@ from afbs_compile.policy import Policy, PolicyError, Tuning, bucket_of
 from afbs_compile.policy import Site as SitePolicy
 from afbs_compile.problem import Problem, store_of
 from afbs_compile.progress import Progress
+from afbs_compile.recheck import recheck
 from afbs_compile.report import JOURNAL, CalibrationReport
 from afbs_compile.store import Store
 from afbs_compile.tuner.trace import Trace
 
+LOGGER = logging.getLogger(__name__)
 LOCK = threading.RLock()  # one calibration at a time: it saturates the device anyway
 
 
@@ -81,7 +85,7 @@ def read_given(options: Options, key: str) -> Policy:
 
 def from_given(policy: Policy, problem: Problem, key: str) -> Tuning:
     """The tuning of a given policy for the problem's length; sites it lacks stay dense."""
-    found = policy.find_any(bucket_of(problem.length))
+    found = policy.find_any(bucket_of(problem.length)) or policy.find_longer(problem.length)
     if found is None:
         have = ", ".join(str(t.bucket) for t in policy.tunings) or "none"
         raise Unusable(f"the policy has no tuning for {problem.length} tokens (buckets: {have})")
@@ -108,9 +112,12 @@ def measure_now(
             missing = replace(problem, sites=[s for s in problem.sites if s.name not in fitting])
         keep = partial(kept, store, stored or Policy(key, None), known, fitting, problem)
         found: dict[str, SitePolicy] = {}
+        near = None if afresh or known else neighbour(stored, problem)
         try:
             with Progress() as progress:
-                new = calibrate(missing, store, progress, found)
+                new = carried(problem, near, progress) or calibrate(
+                    missing, store, progress, found
+                )
         except KeyboardInterrupt:
             if finished_sites(found):
                 keep(tuning(missing, found, Trace(), 0.0))
@@ -121,6 +128,28 @@ def measure_now(
         result, path = keep(new)
     note("miss", key, problem, result, path)
     return result
+
+
+def check_again(problem: Problem, key: str, known: Tuning) -> Tuning:
+    """The tuning after one more call, stored. What cannot be measured changes nothing."""
+    with LOCK:
+        try:
+            with Progress() as progress:
+                new = recheck(problem, known, progress)
+        except (ValueError, torch.OutOfMemoryError) as error:
+            warn(f"a further call could not be measured: {error}. Thresholds stay as they are.")
+            return known
+        stored = cache.load(key, problem.options.cache_folder) or Policy(key, None)
+        cache.store(stored.with_tuning(new), problem.options.cache_folder)
+        return new
+
+
+def carried(problem: Problem, near: Tuning | None, progress: Progress) -> Tuning | None:
+    """The tuning of a close length if it holds here, too; an end-to-end limit is never assumed."""
+    fitting = finished_sites(fitting_sites(near, problem.sites)) if near else {}
+    if len(fitting) < len(problem.sites) or problem.options.limited:
+        return None
+    return carry(problem, fitting, progress)
 
 
 def kept(
@@ -186,6 +215,7 @@ def note(
     origin: str, key: str, problem: Problem, made: Tuning | None, path: object | None
 ) -> None:
     """Write down where a tuning came from."""
+    LOGGER.info("%s tokens: cache %s, policy %s", problem.length, origin, path)
     JOURNAL.add_calibration(
         CalibrationReport(
             cache=origin,

@@ -1,4 +1,4 @@
-"""The README's tables, made from committed results. `python bench/tables.py [--check]`."""
+"""Tables of README and docs, made from committed results: `python bench/tables.py [--check]`."""
 
 import argparse
 import json
@@ -9,6 +9,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+DOCS = ("benchmarks", "coverage", "training")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 LENGTHS = (8192, 16384, 32768)
 SHOWN, NEAR, ALL = 0.25, 0.05, 0.99  # share of the visible blocks
 LEGEND = "A quarter of the blocks, the same for all but cuDNN; bf16, head dim 128, 32 heads."
@@ -154,15 +156,56 @@ def cell(frontier: Any, curve: list[Any]) -> str:
     return f"{signs[sparsity.where]}{sparsity.value:.2f} ({signs[kl.where]}{kl.value:.3f})"
 
 
+def balance(document: Document) -> str:
+    """What balanced batches and budgets gain on simulated clusters."""
+    from afbs_compile.bench import balance_show  # other tables are made without the package
+
+    return f"{balance_show.markdown(document)}\n\n{origin(document)}"
+
+
+def coverage(document: Document) -> str:
+    """What became of the attention of many models."""
+    from afbs_compile.bench import coverage_table
+
+    return coverage_table.coverage(document)
+
+
+def tuner(document: Document) -> str:
+    """What strategies find and cost, means over goals and seeds."""
+    from afbs_compile.bench import tuner_show
+
+    return f"{tuner_show.markdown(document)}\n\n{origin(document)}"
+
+
+def unseen(document: Document) -> str:
+    """How many heads are above max_error on text that calibration did not see."""
+    rows = document["rows"]
+    lines = ["| max_error | documents | margin | above max_error | above 1.1 × | density |"]
+    lines.append("|---|---|---|---|---|---|")
+    lines += [
+        f"| {r['max_error']:g} | {r['documents']} | {r['margin']:g} | {r['heldout_over']:.1%} "
+        f"| {r['heldout_over_1_1']:.1%} | {r['density']:.3f} |"
+        for r in rows
+        if r["margin"] in (1.0, 0.9, 0.85, 0.75, 0.6)
+    ]
+    about = rows[0]
+    text = f"{about['model']}, {about['text']}, {about['tokens']} tokens, {about['heads']} heads"
+    return "\n".join([*lines, "", f"{text}. {origin(document)}"])
+
+
 TABLES = {
+    "tuner": ("tuner", tuner),
+    "unseen": ("unseen", unseen),
+    "balance": ("balance", balance),
     "demo": ("demo_cpu", demo),
     "attention": ("attention", attention),
     "quality": ("quality", quality),
+    "coverage": ("coverage_cpu", coverage),
 }
 
 
 def rendered(text: str) -> str:
-    """The README with every table made anew; one without a result is left empty."""
+    """A page with every table made anew; one without a result is left empty."""
     for name, (file, make) in TABLES.items():
         path = RESULTS / f"{file}.json"
         body = make(json.loads(path.read_text())) if path.exists() else "*not measured yet*"
@@ -173,17 +216,18 @@ def rendered(text: str) -> str:
 
 
 def main() -> int:
-    """Write the README, or with --check say whether it is up to date."""
+    """Write the pages, or with --check say whether they are up to date."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    new = rendered(old)
-    if check:
-        return int(new != old)
-    readme.write_text(new)
-    return 0
+    stale = 0
+    for page in PAGES:
+        old = page.read_text()
+        new = rendered(old)
+        stale += new != old
+        if not check:
+            page.write_text(new)
+    return int(check and stale > 0)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Calls shorter than `min_length` go to SDPA: there is nothing to win. The choice 
 and device only, which the host knows: no synchronisation.
 """
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -22,6 +23,7 @@ from afbs_compile.kernels.fused import fused
 from afbs_compile.kernels.geometry import Mask, site_tokens
 from afbs_compile.kernels.scores import sub_scores
 
+LOGGER = logging.getLogger(__name__)
 HEAD_DIMS = range(32, 257)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -37,7 +39,7 @@ def unsupported(device_type: str, dtype: torch.dtype, head_dim: int) -> str | No
         return f"no kernel for device type {device_type!r}"
     if dtype not in DTYPES:
         return f"no kernel for dtype {dtype}"
-    if head_dim not in HEAD_DIMS:
+    if not HEAD_DIMS.start <= head_dim < HEAD_DIMS.stop:  # `in` will not do for a SymInt
         return f"head dim {head_dim} is outside {HEAD_DIMS.start}..{HEAD_DIMS.stop - 1}"
     return None
 
@@ -206,17 +208,34 @@ def backward(
     )  # fmt: skip
 
 
+def kernel_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The attention kernel for such calls, in words, and why it is not the fastest one."""
+    if device.type != "cuda":
+        return "FlexAttention"
+    from afbs_compile.kernels import gluon_shim
+
+    reason = gluon_shim.available(device)
+    if reason is None and dtype not in (torch.float16, torch.bfloat16):
+        reason = f"Gluon takes half precision, not {dtype}"
+    if reason is None and head_dim not in (64, 128):
+        reason = f"Gluon takes head dims 64 and 128, not {head_dim}"
+    return "Gluon" if reason is None else f"Triton: {reason}"
+
+
 def gpu_forward(
     q: Tensor, k: Tensor, v: Tensor, *, block_m: int, block_n: int
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """The attention kernel for a call on a GPU: Gluon's on Hopper where it fits, else Triton's."""
     from afbs_compile.kernels import gluon_shim, triton_forward
 
-    if gluon_shim.available(q.device) is None:
+    reason = gluon_shim.available(q.device)
+    if reason is None:
         from afbs_compile.kernels import gluon_forward
 
-        if gluon_forward.supported(q, k, v, block_m=block_m, block_n=block_n) is None:
+        reason = gluon_forward.supported(q, k, v, block_m=block_m, block_n=block_n)
+        if reason is None:
             return gluon_forward.forward
+    LOGGER.debug("Triton instead of Gluon: %s", reason)
     return triton_forward.forward
 
 

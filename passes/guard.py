@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import SymInt
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from afbs_compile.kernels.dispatch import (
     no_backward,
@@ -52,7 +53,7 @@ def refusal(
         return "shapes are not recorded in the graph"
     tensors = [value(n) for n in (call.query, call.key, call.value)]
     return (
-        shape_refusal(call, tensors)
+        shape_refusal(bool(call.enable_gqa), tensors)
         or dtype_refusal(tensors)
         or gradient_refusal(tensors, compensation)
         or length_refusal(tensors[0].shape[2], min_length)
@@ -60,18 +61,21 @@ def refusal(
     )
 
 
-def shape_refusal(call: Call, tensors: list[torch.Tensor]) -> str | None:
+def shape_refusal(enable_gqa: bool, tensors: list[torch.Tensor]) -> str | None:
     """Shapes that the kernels do not take."""
     q, k, v = tensors
     if {q.dim(), k.dim(), v.dim()} != {4}:
-        return f"{q.dim()}-D tensors (4-D needed)"
+        return f"{q.dim()}-D tensors (3-D or 4-D needed)"
     heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[3]
     if any(isinstance(n, SymInt) for n in (heads, kv_heads, v.shape[1], dim, v.shape[3])):
         return "symbolic head count or head dim"
     if v.shape[3] != dim:
         return f"value head dim {v.shape[3]} differs from key head dim {dim}"
-    if v.shape[1] != kv_heads or heads % kv_heads or not (call.enable_gqa or heads == kv_heads):
+    if v.shape[1] != kv_heads or heads % kv_heads or not (enable_gqa or heads == kv_heads):
         return f"{heads} query heads on {kv_heads}/{v.shape[1]} key/value heads"
+    sizes = [(q.shape[0], k.shape[0]), (k.shape[0], v.shape[0]), (k.shape[2], v.shape[2])]
+    if not all(statically_known_true(one == other) for one, other in sizes):
+        return "q, k and v differ in batch, or k and v in length"
     return None
 
 
@@ -115,6 +119,4 @@ def mask_refusal(call: Call) -> str | None:
         return None if isinstance(call.is_causal, bool) else "is_causal known only at run time"
     if not isinstance(call.attn_mask, Node):
         return "mask is no tensor"
-    if value(call.attn_mask).dtype != torch.bool:
-        return "additive float mask"
     return "both attn_mask and is_causal" if call.is_causal else None

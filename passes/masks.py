@@ -29,12 +29,12 @@ class MaskProgram:
     """The part of a graph that computes a mask from sizes.
 
     Attributes:
-        run: Takes the values of `sizes` in order, returns the mask.
-        sizes: Placeholders of the graph that it reads: symbolic sizes.
+        run: Takes the values of `inputs` in order, returns the mask.
+        inputs: Placeholders of the graph that it reads.
     """
 
     run: GraphModule
-    sizes: tuple[Node, ...]
+    inputs: tuple[Node, ...]
 
 
 def conjunction(

@@ -1,62 +1,40 @@
 """Which calls of a graph will be rewritten, as what, and which stay dense for which reason?"""
 
-from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
-from torch import SymInt, Tensor
 from torch.fx import GraphModule, Node
 
-from afbs_compile.kernels.data_mask import gathered
 from afbs_compile.kernels.geometry import Mask
-from afbs_compile.passes import data_masks, gqa, guard, masks
-from afbs_compile.passes.data_masks import DataNodes, Split
-from afbs_compile.passes.masks import MaskProgram
-from afbs_compile.passes.rewrite import Site, lengths
-from afbs_compile.passes.sites import Call, find, value
+from afbs_compile.passes import gqa, guard, rules
+from afbs_compile.passes.data_masks import DataNodes
+from afbs_compile.passes.lower import lower
+from afbs_compile.passes.rewrite import Site
+from afbs_compile.passes.rules import MaskRule, Surroundings
+from afbs_compile.passes.sites import Call, find, names, value
 
-MOST_NODES = 400  # of a mask's program that is run to check what it was taken for
-
-
-@dataclass(frozen=True, slots=True)
-class MaskRule:
-    """A mask that was classified at one size and must be again at every other.
-
-    Attributes:
-        program: Computes, from sizes, the part that does not depend on data; None if it is empty.
-        mask: What that part was classified as; with `from_end`, its offset counts from `Lk - Lq`.
-        from_end: See `mask`.
-        data: The part that depends on data.
-    """
-
-    program: MaskProgram | None
-    mask: Mask
-    from_end: bool = False
-    data: DataNodes = field(default_factory=DataNodes)
-
-    @property
-    def sizes(self) -> tuple[Node, ...]:
-        """The symbolic sizes that the rule hangs on."""
-        return self.program.sizes if self.program else ()
-
-    def holds(self, sizes: Sequence[int]) -> bool:
-        """Does the mask at these sizes equal the rule, element by element?"""
-        if self.program is None:
-            return True
-        found = masks.evaluate(self.program, sizes)
-        length_q, length_k = found.shape[-2:]
-        end = length_k - length_q if self.from_end else 0
-        wanted = Mask(self.mask.causal, self.mask.offset + end, self.mask.window)
-        return masks.equal(wanted, found)
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Sites to rewrite, refusals by site name, and rules that hang on symbolic sizes."""
+    """What will become of a graph.
 
+    Attributes:
+        gm: The graph, its attention written as SDPA where it is to be rewritten.
+        sites: Calls of `gm` to rewrite.
+        refused: Reasons by site name.
+        rules: Mask rules that hang on symbolic sizes.
+    """
+
+    gm: GraphModule
     sites: list[Site]
     refused: dict[str, str]
     rules: list[MaskRule]
+
+
+Recognised = dict[tuple[Node, bool], MaskRule | str]  # by mask and `every_row`
 
 
 def plan(
@@ -73,84 +51,59 @@ def plan(
         min_length: Calls with fewer queries stay dense.
         compensation: What will stand for blocks that are left out.
     """
-    regions = guard.contexts(gm.graph)
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    lowered = lower(gm)
+    work, named = lowered.gm, names(lowered.gm, lowered.refused)
+    placeholders = [n for n in work.graph.nodes if n.op == "placeholder"]
     inputs = dict(zip(placeholders, example_inputs, strict=True))
-    known = masks.dependent(gm), masks.unstable(gm)
-    result = Plan([], {}, [])
-    recognised: dict[Node, MaskRule] = {}
-    for call in find(gm):
-        reason = guard.refusal(call, regions.get(call.node), min_length, compensation)
-        rule = None
-        if not reason and isinstance(call.attn_mask, Node):
-            if call.attn_mask not in recognised:
-                recognised[call.attn_mask] = recognise(gm, call, inputs, *known)
-            rule = recognised[call.attn_mask]
-            reason = guard.data_refusal(call, compensation) if rule.data else None
-        if reason:
-            result.refused[call.name] = reason
+    result = Plan(work, [], {named[n]: reason for n, reason in lowered.refused.items()}, [])
+    regions = guard.contexts(work.graph)
+    standing = {form.sdpa: form.reason for form in lowered.forms}
+    around = rules.Surroundings.of(work, inputs)
+    recognised: Recognised = {}
+    back = []
+    for call in find(work, lowered.refused):
+        reason = standing.get(call.node) or guard.refusal(
+            call, regions.get(call.node), min_length, compensation
+        )
+        rule = None if reason else rule_of(around, call, recognised)
+        if isinstance(rule, MaskRule) and rule.data:
+            reason = guard.data_refusal(call, compensation)
+        if reason or isinstance(rule, str):
+            result.refused[call.name] = reason or str(rule)
+            back.append(call.node)
         else:
             result.sites.append(site_of(call, rule))
-    used = {s.call.attn_mask for s in result.sites}
-    result.rules.extend(r for n, r in recognised.items() if n in used and r.sizes)
+    lowered.settle(back)
+    result.rules.extend(rules_in_use(result.sites, recognised))
+    log(result)
     return result
 
 
-def recognise(
-    gm: GraphModule,
-    call: Call,
-    inputs: dict[Node, object],
-    depends: Callable[[Node], bool],
-    unstable: Container[Node],
-) -> MaskRule:
-    """Split a mask, run the part that hangs on sizes at the real ones, and classify the result."""
-    assert isinstance(call.attn_mask, Node)
-    split = data_masks.split(call.attn_mask, depends, unstable)
-    as_it_is = DataNodes(elements=call.attn_mask)
-    if not (split.static or split.ordered):
-        proven = agrees(gm, call, split, Mask(), inputs)
-        return MaskRule(None, Mask(), data=split.data if proven else as_it_is)
-    program = masks.conjunction(gm, split.static, split.ordered)
-    sizes = [hint(inputs[n]) for n in program.sizes]
-    if None in sizes:  # known only at run time
-        return MaskRule(None, Mask(), data=as_it_is)
-    found = masks.evaluate(program, sizes)
-    mask = masks.classify(found)
-    flat = mask is not None and mask.causal and 1 in found.shape[-2:]  # broadcast: no shape at all
-    if mask is None or flat or not agrees(gm, call, split, mask, inputs):
-        return MaskRule(None, Mask(), data=as_it_is)
-    length_q, length_k = lengths(call)
-    end = found.shape[-1] - found.shape[-2]
-    symbolic = isinstance(length_q, SymInt) or isinstance(length_k, SymInt)
-    from_end = symbolic and mask.causal and mask.offset == end != 0
-    own = Mask(mask.causal, 0, mask.window) if from_end else mask
-    return MaskRule(program, own, from_end, split.data)
+def rules_in_use(sites: Sequence[Site], recognised: Recognised) -> list[MaskRule]:
+    """The rules of some sites that hang on symbolic sizes."""
+    used = {(s.call.attn_mask, s.call.every_row) for s in sites}
+    found = [r for key, r in recognised.items() if key in used and isinstance(r, MaskRule)]
+    return [r for r in found if r.sizes]
 
 
-def agrees(
-    gm: GraphModule, call: Call, split: Split, mask: Mask, inputs: dict[Node, object]
-) -> bool:
-    """Is the split mask the graph's own on the real inputs, element by element?
+def log(found: Plan) -> None:
+    """Write a plan down."""
+    for name, reason in found.refused.items():
+        LOGGER.debug("%s stays dense: %s", name, reason)
+    for site in found.sites:
+        LOGGER.debug("%s: %s %s", site.name, site.mask, site.data.kind)
+    every = len(found.sites) + len(found.refused)
+    LOGGER.info("%d of %d attention calls can be sparse", len(found.sites), every)
 
-    Broadcasting proves it for all inputs; this is a check of the proof. True without data.
-    """
-    assert isinstance(call.attn_mask, Node)
-    if not split.data or split.data.elements is not None:
-        return True
-    if len(masks.ancestors(call.attn_mask)) > MOST_NODES:  # do not run half a model for it
-        return False
 
-    def run(node: Node) -> Tensor:
-        program = masks.conjunction(gm, [node])
-        given = (inputs[n] for n in program.sizes)
-        return masks.evaluate(program, [hint(x) if isinstance(x, SymInt) else x for x in given])
-
-    wanted = run(call.attn_mask)
-    lengths = wanted.shape[-2], wanted.shape[-1]
-    data = gathered([None if part is None else run(part) for part in split.data], lengths)
-    assert data is not None
-    found = data.tokens(0, lengths[0]) & masks.as_tensor(mask, wanted)
-    return torch.equal(found.expand_as(wanted), wanted)
+def rule_of(around: Surroundings, call: Call, recognised: Recognised) -> MaskRule | str | None:
+    """The rule of a call's mask tensor, a reason against it, or None if it has no tensor."""
+    if not isinstance(call.attn_mask, Node):
+        return None
+    key = call.attn_mask, call.every_row
+    if key not in recognised:
+        recognised[key] = rules.recognise(around, call)
+    return recognised[key]
 
 
 def site_of(call: Call, rule: MaskRule | None) -> Site:
@@ -173,11 +126,3 @@ def site_of(call: Call, rule: MaskRule | None) -> Site:
         head_dim=q.shape[3],
         data=rule.data if rule else DataNodes(),
     )
-
-
-def hint(size: object) -> int | None:
-    """The value of a size at compile time; None if it depends on data."""
-    if isinstance(size, SymInt):
-        found = size.node.hint
-        return None if found is None else int(found)
-    return size if isinstance(size, int) else None

@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 
 import afbs_compile.kernels.op  # noqa: F401  registers the op
 from afbs_compile.kernels.geometry import Mask
+from afbs_compile.passes.copying import copy
 from afbs_compile.passes.data_masks import DataNodes
 from afbs_compile.passes.sites import Call, value
 
@@ -83,21 +84,6 @@ def rewrite(
     result.graph.lint()
     result.recompile()
     return result
-
-
-def copy(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
-    """A graph module with its own graph and the same attributes, and the old-to-new nodes."""
-    graph, copies = Graph(), dict[Node, Node]()
-    output = graph.graph_copy(gm.graph, copies)
-    graph.output(output)
-    for old, new in copies.items():
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
-    result = GraphModule(gm, graph)
-    result.meta = dict(gm.meta)
-    if hasattr(gm, "_param_name_to_source"):
-        result._param_name_to_source = gm._param_name_to_source
-    return result, copies
 
 
 def replace(

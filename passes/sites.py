@@ -4,11 +4,14 @@ Every spelling (positional, keyword, `F`, `torch._C._nn`, `aten`) ends as one `C
 """
 
 import re
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import SymInt
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 Argument = Node | float | bool | None
 
@@ -19,6 +22,7 @@ SDPA = frozenset(
         torch.ops.aten.scaled_dot_product_attention.default,
     }
 )
+EVERY_ROW = "afbs_every_row"  # in a node's meta: see `Call.every_row`
 POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 DEFAULTS = {
     "attn_mask": None,
@@ -31,7 +35,12 @@ DEFAULTS = {
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One SDPA node, its arguments by SDPA's own names, and the path of its module."""
+    """One SDPA node, its arguments by SDPA's own names, and the path of its module.
+
+    Attributes:
+        name: The path.
+        every_row: The call was softmax once, which differs from SDPA in rows that see nothing.
+    """
 
     node: Node
     name: str
@@ -43,19 +52,33 @@ class Call:
     is_causal: Argument = False
     scale: Argument = None
     enable_gqa: Argument = False
+    every_row: bool = False
 
 
-def find(gm: GraphModule) -> list[Call]:
-    """All SDPA calls of the graph in order, each under a name of its own."""
-    calls: list[Call] = []
+def find(gm: GraphModule, others: Container[Node] = ()) -> list[Call]:
+    """All SDPA calls of the graph in order, each under its name among `others`."""
+    named = names(gm, others).items()
+    return [normalise(node, name) for node, name in named if is_sdpa(node)]
+
+
+def is_sdpa(node: Node) -> bool:
+    """Does the node call SDPA, in any spelling?"""
+    return node.op == "call_function" and node.target in SDPA
+
+
+def names(gm: GraphModule, others: Container[Node] = ()) -> dict[Node, str]:
+    """Names of the SDPA calls that somebody reads, and of some other nodes.
+
+    A name is the module's path, with a number from the module's second node on.
+    """
+    found: dict[Node, str] = {}
     seen: dict[str, int] = {}
     for node in gm.graph.nodes:
-        if node.op != "call_function" or node.target not in SDPA:
-            continue
-        path = module_path(node)
-        ordinal = seen[path] = seen.get(path, -1) + 1
-        calls.append(normalise(node, f"{path}#{ordinal}" if ordinal else path))
-    return calls
+        if (is_sdpa(node) and node.users) or node in others:
+            path = module_path(node)
+            ordinal = seen[path] = seen.get(path, -1) + 1
+            found[node] = f"{path}#{ordinal}" if ordinal else path
+    return found
 
 
 def normalise(node: Node, name: str) -> Call:
@@ -63,7 +86,7 @@ def normalise(node: Node, name: str) -> Call:
     arguments: dict[str, Any] = (
         DEFAULTS | dict(zip(POSITIONAL, node.args, strict=False)) | dict(node.kwargs)
     )
-    return Call(node=node, name=name, **arguments)
+    return Call(node=node, name=name, every_row=node.meta.get(EVERY_ROW, False), **arguments)
 
 
 def module_path(node: Node) -> str:
@@ -84,6 +107,12 @@ def dotted(source: str) -> str:
     path = re.sub(r"\['_(modules|parameters|buffers)'\]", "", path)
     path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path)
     return path.strip(".") or "model"
+
+
+def same(one: Sequence[int | SymInt], other: Sequence[int | SymInt]) -> bool:
+    """Are these sizes equal, whatever the symbols are? Asks without adding a guard."""
+    pairs = zip(one, other, strict=False)
+    return len(one) == len(other) and all(statically_known_true(x == y) for x, y in pairs)
 
 
 def recorded(node: Node) -> Any:

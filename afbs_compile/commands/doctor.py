@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -15,6 +16,7 @@ from afbs_compile import cache, options
 from afbs_compile.commands.output import console, emit_json
 from afbs_compile.versions import device_name, version
 
+INTEGRATED = ("transformers", "diffusers")
 DEMO_PACKAGES = ("transformers", "gguf", "accelerate", "matplotlib")
 
 
@@ -33,8 +35,10 @@ def run(args: Namespace) -> int:
     """Look at everything; exit code 1 if something that is needed is missing."""
     findings = list(examine(args.cache_dir))
     healthy = all(finding.well or not finding.needed for finding in findings)
+    sites = attention_of(args) if args.model else None
     if args.json:
-        emit_json({"healthy": healthy, "findings": [asdict(finding) for finding in findings]})
+        found = {"healthy": healthy, "findings": [asdict(finding) for finding in findings]}
+        emit_json(found | ({"attention": sites.to_dict()} if sites else {}))
         return 0 if healthy else 1
     table = Table()
     for column in ("", "what", "found", "next step"):
@@ -43,7 +47,22 @@ def run(args: Namespace) -> int:
         mark = "ok" if finding.well else "MISSING" if finding.needed else "–"
         table.add_row(mark, finding.name, finding.found, finding.next_step)
     console().print(table)
+    if sites:
+        console().print(sites)
     return 0 if healthy else 1
+
+
+def attention_of(args: Namespace) -> Any:
+    """What would become of every attention call of a model."""
+    import torch
+
+    from afbs_compile.demo import model
+    from afbs_compile.survey import survey
+
+    given = {} if args.min_length is None else {"min_length": args.min_length}
+    language_model = model.from_folder(args.model)
+    window = torch.zeros(args.tokens, dtype=torch.long)  # which tokens does not matter
+    return survey(language_model.module, language_model.inputs(window), options.parse(given))
 
 
 def examine(cache_dir: Path | None) -> Iterator[Finding]:
@@ -66,6 +85,9 @@ def packages() -> Iterator[Finding]:
     step = 'run `pip install "afbs-compile[demo]"`' if missing else ""
     found = f"not installed: {', '.join(missing)}" if missing else "all there"
     yield Finding("demo packages", not missing, False, found, step)
+    there = [f"{package} {version(package)}" for package in INTEGRATED if version(package)]
+    found = ", ".join(there) or "none of " + ", ".join(INTEGRATED)
+    yield Finding("integrations", True, False, found)
 
 
 def entry_point() -> Finding:

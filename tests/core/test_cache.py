@@ -9,6 +9,7 @@ import pytest
 
 from afbs_compile import cache
 from afbs_compile.logs import AfbsWarning
+from afbs_compile.policy import SCHEMA
 
 KEY = "ab" * 16
 
@@ -67,7 +68,7 @@ def test_policy_of_another_model_is_a_miss(policy):
 
 
 def test_newer_schema_is_a_miss_and_is_kept_aside(policy):
-    newer = policy().to_json().replace('"schema": 1', '"schema": 99')
+    newer = policy().to_json().replace(f'"schema": {SCHEMA}', '"schema": 99')
     path = cache.path_of(KEY)
     damage(path, newer)
     with pytest.warns(AfbsWarning, match="update afbs-compile"):

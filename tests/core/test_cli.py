@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 import afbs_compile
 from afbs_compile import cache, cli
@@ -157,6 +158,21 @@ def test_doctor_on_a_healthy_machine(afbs):
     assert found["kernels"]["found"] in ("Triton", "compiled FlexAttention")
     assert all(f["well"] or f["next_step"] for f in report["findings"])
     assert "C++ compiler" in afbs("doctor")[1]
+
+
+def test_doctor_lists_the_attention_of_a_model(afbs, tiny_model, fresh_dynamo):
+    arguments = ("doctor", "--model", tiny_model, "--tokens", 300)
+    code, out, _ = afbs(*arguments, "--min-length", 100, "--json")
+    assert code == 0
+    sites = json.loads(out)["attention"]["sites"]
+    assert [s["name"] for s in sites] == [f"model.layers.{n}.self_attn" for n in range(2)]
+    assert {(s["decision"], s["mask"], s["kernel"], s["length"]) for s in sites} == {
+        ("can be sparse", "causal", "FlexAttention", 300)
+    }
+    torch._dynamo.reset()
+    code, out, _ = afbs(*arguments)
+    assert "short: 300 queries" in out
+    assert "set min_length lower" in out
 
 
 def test_doctor_fails_where_the_cache_cannot_be_written(afbs, tmp_path):

@@ -31,7 +31,7 @@ def index(monkeypatch):
 
     monkeypatch.setattr(model.subprocess, "run", download)
     monkeypatch.setattr(model, "SHA256", hashlib.sha256(WEIGHTS).hexdigest())
-    monkeypatch.setattr(model, "loaded", lambda folder, name, gguf_file: folder / gguf_file)
+    monkeypatch.setattr(model, "loaded", lambda folder, *_, gguf_file: folder / gguf_file)
     return served
 
 

@@ -131,12 +131,9 @@ def test_environment(monkeypatch, tmp_path):
     assert options.disabled()
     monkeypatch.setenv("AFBS_DISABLE", "0")
     assert not options.disabled()
-    assert options.log_level() is None
-    monkeypatch.setenv("AFBS_LOG", "Debug")
-    assert options.log_level() == 10
-    monkeypatch.setenv("AFBS_LOG", "loud")
-    with pytest.raises(ValueError, match="'loud'; set it to one of debug"):
-        options.log_level()
+    assert options.log_words() == []
+    monkeypatch.setenv("AFBS_LOG", "Debug, +passes,")
+    assert options.log_words() == ["Debug", "+passes"]
 
 
 def test_only_options_reads_the_environment():

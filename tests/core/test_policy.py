@@ -97,10 +97,17 @@ def test_document_is_plain_sorted_json(drawn):
 
 
 @given(length=st.integers(1, 2**40))
-def test_bucket_is_the_next_power_of_two(length):
+def test_lengths_of_a_bucket_differ_by_a_quarter_at_most(length):
     bucket = bucket_of(length)
-    assert bucket / 2 < length <= bucket
-    assert bucket & (bucket - 1) == 0
+    assert bucket / 1.25 < length <= bucket or (bucket == length < 8)
+    assert bucket_of(bucket) == bucket
+
+
+@given(power=st.integers(3, 40))
+def test_four_buckets_an_octave(power):
+    start = 2**power
+    lengths = (start + step * start // 8 for step in range(1, 9))
+    assert len({bucket_of(length) for length in lengths}) == 4
 
 
 def test_bucket_of_nothing():
@@ -226,6 +233,21 @@ def test_find_any_takes_the_newest_complete_one(policy, tuning):
     assert policy(old, new, partial).find_any(4096) == new
     assert policy(partial).find_any(4096) == partial
     assert policy(old).find_any(8192) is None
+
+
+def test_find_longer_takes_the_closest_within_twice_the_length(policy, tuning):
+    found = policy(tuning(4096), tuning(3000), tuning(8192))
+    assert found.find_longer(2500).length == 3000
+    assert found.find_longer(3001).length == 4096
+    assert found.find_longer(1000) is None
+    assert found.find_longer(9000) is None
+
+
+def test_buckets_of_schema_1_become_finer(policy):
+    document = json.loads(DOCUMENT)
+    (stored,) = document["policy"]["tunings"]
+    stored["length"], stored["bucket"] = 2100, 4096  # the next power of two
+    assert Policy.from_json(json.dumps(document)).tunings[0].bucket == bucket_of(2100) == 2560
 
 
 def test_with_tuning_replaces_only_its_like(policy, tuning):

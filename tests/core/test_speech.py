@@ -33,16 +33,38 @@ def test_without_a_terminal_one_log_line_a_phase(capfd, caplog):
     assert capfd.readouterr() == ("", "")
 
 
-def test_log_level_comes_from_the_environment(monkeypatch):
-    logger = logging.Logger("afbs_compile")
-    monkeypatch.setattr(logs, "LOGGER", logger)
+@pytest.fixture
+def restored_levels():
+    """Levels and handlers of our loggers are put back."""
+    loggers = [logging.getLogger(f"afbs_compile{name}") for name in ("", ".passes", ".cache")]
+    before = [(one, one.level, list(one.handlers)) for one in loggers]
+    yield
+    for one, level, handlers in before:
+        one.setLevel(level)
+        one.handlers[:] = handlers
+
+
+@pytest.mark.usefixtures("restored_levels")
+def test_log_levels_come_from_the_environment(monkeypatch):
+    logs.LOGGER.handlers.clear()
     logs.configure()
-    assert not logger.handlers
-    monkeypatch.setenv("AFBS_LOG", "info")
+    assert not logs.LOGGER.handlers
+    monkeypatch.setenv("AFBS_LOG", "info,+passes,-cache")
     logs.configure()
     logs.configure()
-    assert logger.level == logging.INFO
-    assert len(logger.handlers) == 1
+    assert logs.LOGGER.level == logging.INFO
+    assert len(logs.LOGGER.handlers) == 1
+    plan = logging.getLogger("afbs_compile.passes.plan")
+    assert plan.getEffectiveLevel() == logging.DEBUG
+    assert logging.getLogger("afbs_compile.cache").getEffectiveLevel() == logging.ERROR
+    assert logging.getLogger("afbs_compile.runner").getEffectiveLevel() == logging.INFO
+
+
+@pytest.mark.parametrize("word", ["loud", "+passses", "+", "../x", "-"])
+def test_a_wrong_word_of_the_log_names_what_there_is(monkeypatch, word):
+    monkeypatch.setenv("AFBS_LOG", word)
+    with pytest.raises(ValueError, match=r"AFBS_LOG names .* set it to one of debug"):
+        logs.configure()
 
 
 def test_warning_points_at_the_caller():

@@ -39,7 +39,7 @@ def test_compiles_and_fits(arch, case, tmp_path):
     used = shared_memory(arch, case, tmp_path)
     assert used.keys() == {
         "pool_kernel", "score_kernel", "pick_kernel", "forward_kernel", "columns_kernel",
-        "merge_kernel",
+        "merge_kernel", "decode_kernel", "join_kernel",
     }  # fmt: skip
     assert max(used.values()) <= SHARED_BYTES[arch]
     assert used["forward_kernel"] > 0
@@ -59,6 +59,7 @@ def compile_for(arch, case):
 
     from afbs_compile.kernels import (
         triton_compensation,
+        triton_decode,
         triton_forward,
         triton_pool,
         triton_scores,
@@ -98,7 +99,9 @@ def compile_for(arch, case):
     Compiled(triton_forward, "forward_kernel")
     Compiled(triton_compensation, "columns_kernel")
     Compiled(triton_compensation, "merge_kernel")
-    for module in (triton_scores, triton_forward):
+    Compiled(triton_decode, "decode_kernel")
+    Compiled(triton_decode, "join_kernel")
+    for module in (triton_scores, triton_forward, triton_decode):
         module.shared_memory_bytes = lambda device: SHARED_BYTES[arch]
     head_dim, dtype, block_m, block_n, causal, selector = CASES[case]
     q = torch.zeros(1, 2, 256, head_dim, dtype=getattr(torch, dtype))
@@ -108,6 +111,10 @@ def compile_for(arch, case):
     results = triton_forward.forward(q, k, k, counts, indices, policy, **site)
     lists = counts.zero_(), indices.zero_()  # nobody has written them; these are read on the host
     triton_compensation.compensate(*results, q, k, k, *lists, policy, **site)
+    cache, places = k[:, 0], torch.zeros(2, 1, dtype=torch.int32)
+    lengths = torch.zeros(1, dtype=torch.int32)
+    work = torch.zeros(3, dtype=torch.int32)
+    triton_decode.decode(q[:, :, :1], cache, cache, *places, lengths, work, scale=1.0, splits=8)
     return used
 
 

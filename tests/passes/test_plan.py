@@ -71,6 +71,9 @@ ACCEPTED = [
     (with_mask(right_aligned), {"length_k": 100}, Mask(True, 36)),
     (with_mask(lambda q, k: torch.ones(L, L, dtype=torch.bool)), {}, Mask()),
     (with_mask(lambda q, k: torch.ones(L, L, dtype=torch.bool).tril()), {}, Mask(True)),
+    (with_mask(lambda q, k: torch.zeros(L, L)), {}, Mask()),
+    (with_mask(lambda q, k: torch.full((L, L), -1e9).triu(1)), {}, Mask(True)),
+    (with_mask(lambda q, k: torch.ones(1, L, dtype=torch.bool)), {}, Mask()),
 ]
 
 
@@ -81,10 +84,6 @@ def test_accepted(function, shape, mask):
     (site,) = found.sites
     assert (site.mask, site.heads, site.head_dim) == (mask, 4, 32)
     assert site.kv_heads == shape.get("kv_heads", 4)
-
-
-def three_d(q, k, v):
-    return F.scaled_dot_product_attention(q[0], k[0], v[0])
 
 
 def vmapped(q, k, v):
@@ -103,8 +102,9 @@ def chosen_kernel(q, k, v):
 
 REFUSED = [
     (sdpa(dropout_p=0.5), {}, "dropout"),
-    (with_mask(lambda q, k: torch.zeros(L, L)), {}, "additive float mask"),
-    (three_d, {}, "3-D"),
+    (with_mask(lambda q, k: torch.ones(L, L).tril()), {}, "additive float mask"),
+    (with_mask(lambda q, k: torch.full((L, L), -1e9).triu()), {}, "rows that see nothing"),
+    (with_mask(lambda q, k: q[0, 0] @ k[0, 0].T), {}, "float mask: mask depends on an input"),
     pytest.param(
         vmapped, {}, "inside vmap",
         marks=pytest.mark.filterwarnings("ignore:There is a performance drop"),

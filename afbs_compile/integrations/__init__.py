@@ -1,0 +1,1 @@
+"""How do other libraries reach the engine without `torch.compile`? One module a library."""

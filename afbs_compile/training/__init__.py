@@ -1,0 +1,1 @@
+"""Balanced sparse training: batches and budgets that let all ranks end together."""

@@ -1,0 +1,70 @@
+"""Which attention of a graph is not written as SDPA? All of it becomes SDPA, as far as it can.
+
+| form | pass |
+|---|---|
+| `nn.MultiheadAttention`, `nn.TransformerEncoderLayer` | `modules` |
+| matmul, softmax, matmul | `chains` |
+| SDPA on three axes | `views` |
+What SDPA stands for is kept until the call is accepted (`forms.Form`).
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from torch.fx import GraphModule, Node
+
+from afbs_compile.passes import chains, modules, views
+from afbs_compile.passes.copying import copy
+from afbs_compile.passes.forms import Form
+from afbs_compile.passes.spellings import is_softmax
+
+PASSES: tuple[Callable[[GraphModule], Iterable[Form | tuple[Node, str]]], ...] = (
+    modules.lower,
+    chains.lower,
+    views.lower,
+)
+
+
+@dataclass(slots=True)
+class Lowered:
+    """A graph whose attention is SDPA.
+
+    Attributes:
+        gm: A copy of the graph, or the graph itself if there was nothing to do.
+        forms: What was turned into SDPA, in order.
+        refused: Nodes that are attention, and why they could not be.
+    """
+
+    gm: GraphModule
+    forms: list[Form] = field(default_factory=list)
+    refused: dict[Node, str] = field(default_factory=dict)
+
+    def settle(self, refused: Iterable[Node]) -> None:
+        """Put refused calls back as they were, and drop what accepted ones stand for."""
+        back = set(refused)
+        kept = []
+        for form in reversed(self.forms):
+            if form.sdpa in back:
+                form.undo()
+                back.update(old for old, _ in form.swaps)  # it may stand for another form's call
+            else:
+                kept.append(form)
+        for form in kept:
+            form.settle()
+        self.gm.graph.lint()
+        self.gm.recompile()
+
+
+def lower(gm: GraphModule) -> Lowered:
+    """Turn a graph's attention into SDPA; the graph itself is not changed."""
+    known = any(is_softmax(n) or modules.is_module(n) for n in gm.graph.nodes)
+    if not known and not views.candidates(gm):
+        return Lowered(gm)
+    result = Lowered(copy(gm)[0])
+    for run in PASSES:
+        for found in run(result.gm):
+            if isinstance(found, Form):
+                result.forms.append(found)
+            else:
+                result.refused[found[0]] = found[1]
+    return result
