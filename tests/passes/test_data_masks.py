@@ -195,7 +195,8 @@ def test_what_a_mask_is_taken_for(make, mask, kind, policy_tensor):
 
 @pytest.mark.parametrize(("make", "mask", "kind"), FORMS[:8])
 def test_symbolic_lengths(make, mask, kind, policy_tensor):
-    args = *tensors(), next(paddings(L))
+    q, k, _ = tensors()
+    args = q, k, k, next(paddings(L))
     for x in args:
         torch._dynamo.mark_dynamic(x, 2 if x.dim() == 4 else 1)
     planner = planned(attend(make), *args)
