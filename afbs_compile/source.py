@@ -81,6 +81,7 @@ def read_given(options: Options) -> Policy:
 def from_given(policy: Policy, problem: Problem, layer: Layer) -> Tuning:
     """The tuning of a given policy for the problem's length; sites it lacks stay dense."""
     found = policy.find_any(bucket_of(problem.length)) or policy.find_longer(problem.length)
+    found = found or next((t for t in policy.tunings if t.holds_at_any_length), None)
     names = {site.name: site.name for site in problem.sites}
     if policy.model != layer.key:
         names = names_by_weights(policy, problem)

@@ -140,7 +140,7 @@ def select_and_attend(
     """
     block_m, block_n = block_sizes(q.device.type)
     blocks = {"block_m": block_m, "block_n": block_n}
-    if by_pairs(q.device.type):
+    if data is None and by_pairs(q.device.type):
         counts, indices = selection.select(
             q, k, policy, mask=mask, scale=scale, selector=selector,
             block_m=block_m, block_n=block_n, core=fused_scores(q, k, selector),
