@@ -24,8 +24,9 @@ from afbs_compile.tuner.surrogate import fit
 from afbs_compile.tuner.tally import Objective, OnBest, Stop, Tally, silent
 
 STAGES = ("probes", "ratios", "groups", "exchange")
-PROBING = 0.15  # of the budget at most, for stage 1
-GROUPED = 0.5  # of what is left then, for the groups; the rest is for exchanges
+PROBING = 0.1  # of the budget for stage 1, or one choice a layer
+ONE_EACH = 0.2  # of the budget: if those are more, stage 1 is left out
+GROUPED = 0.2  # of what is left then, for the groups; the rest is for exchanges
 WIDEST = 48  # bits of a group: direct search gets lost in more
 
 
@@ -179,7 +180,8 @@ class Walk:
     def probe(self) -> None:
         """Stage 1."""
         self.tally.stage = "probes"
-        each = int(PROBING * self.wanted.budget) // self.layout.layers
+        budget, layers = self.wanted.budget, self.layout.layers
+        each = max(int(PROBING * budget) // layers, int(layers <= ONE_EACH * budget))
         if each:
             found = cascade(self.tally, self.layout, self.wanted.ratio, self.prior, each, self.rng)
             self.cost = found.cost

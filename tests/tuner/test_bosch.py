@@ -96,9 +96,9 @@ def test_every_method_meets_the_ratio(name):
 def test_killed_at_any_evaluation_it_resumes_to_the_same():
     layout = Layout((2,) * 5)
     objective = Synthetic(layout, 0)
-    wanted = Search(layout, 0.5, 34, objective.prior, 3)
+    wanted = Search(layout, 0.5, 36, objective.prior, 3)
     whole = search(objective, wanted)
-    assert whole.evaluations == 34
+    assert whole.evaluations == 36
     assert set(whole.stages) >= {"start", "probes", "ratios", "groups", "exchange"}
     for at in range(whole.evaluations):
         known = {}
@@ -277,7 +277,8 @@ def test_the_surrogate_learns_a_sum(seed):
     new = rng.random((20, layout.size)) < 0.5
     base = features(strings[:1], layout)
     guess = losses[0] + (features(new, layout) - base) @ model.mean
-    assert np.allclose(guess, new @ harm, atol=0.05)
+    error = guess - new @ harm
+    assert np.sqrt(np.mean(error**2)) < 0.1 * np.std(new @ harm)
     drawn = model.sample(rng, 4000)
     assert np.allclose(drawn.mean(0), model.mean, atol=0.05)
 
