@@ -75,7 +75,7 @@ def clean():
     JOURNAL.clear()
 
 
-def plainly(*args, beside=None, **site):
+def plainly(*args, beside=None, masked=None, **site):
     return reference.forward(*args, **site)[0]
 
 
