@@ -28,7 +28,7 @@ from afbs_compile.store import Store
 from afbs_compile.timing import Speed, measure
 from afbs_compile.tuner.limit import Limit
 from afbs_compile.tuner.objective import tau_of_u
-from afbs_compile.tuner.strategy import Goal
+from afbs_compile.tuner.strategy import Goal, margin_of
 from afbs_compile.tuner.trace import Trace
 from afbs_compile.tuner.tune import SiteResult, tune
 from afbs_compile.versions import device_name, versions
@@ -82,7 +82,7 @@ def search(
     try:
         result = tune(
             {name: Worst([table[name] for table in tables]) for name in tables[0]},
-            Goal(options.error_cap, options.mean_error_budget),
+            Goal(options.error_cap, options.mean_error_budget, margin_of(len(tables))),
             options.strategy,
             low=LOW[options.fidelity],
             validation=unseen,

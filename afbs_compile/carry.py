@@ -1,8 +1,9 @@
 """Do the thresholds of another length hold at this one? Looked at, and backed off where not.
 
 A new length bucket close to a tuned one starts from its thresholds. They are measured on some
-query blocks of the new input: heads above the cap back off as in validation, or go dense. If all
-heads together no longer keep the budget on the mean error, the bucket is tuned afresh.
+query blocks of the new input: heads above the cap back off as in validation, or go dense, and all
+back off together where the budget on the mean error is exceeded. If that takes more than a few
+steps, the bucket is tuned afresh.
 """
 
 import time
@@ -10,25 +11,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from afbs_compile.calibrate import site_policy, tuning
-from afbs_compile.capture import Layer, Stream
-from afbs_compile.evaluators import profiled
-from afbs_compile.passes.rewrite import Site
+from afbs_compile.looks import ROWS, aside, looks
 from afbs_compile.policy import Policy, Tuning
 from afbs_compile.policy import Site as SitePolicy
-from afbs_compile.problem import Problem, cuda_devices, untraced
+from afbs_compile.problem import Problem
 from afbs_compile.progress import OnProgress
-from afbs_compile.timing import Speed, measure, signature
-from afbs_compile.tuner.backoff import back_off
-from afbs_compile.tuner.objective import FULL, u_of_tau
-from afbs_compile.tuner.trace import Trace, Traced
-from afbs_compile.tuner.tune import SiteResult
+from afbs_compile.recheck import careful
+from afbs_compile.tuner.trace import Trace
 
 REACH = 2.0  # how many times longer or shorter the other length may be
-ROWS = 16  # query blocks that are looked at
-MARGIN = 0.9  # of the cap, as in tuning
+STEPS = 2  # of all thresholds together; a tuning finds something better than more of them
 
 
 def neighbour(stored: Policy | None, problem: Problem) -> Tuning | None:
@@ -59,45 +53,11 @@ def carry(
         on_progress: Told about every site.
     """
     start, trace = time.perf_counter(), Trace()
-    found: dict[str, SitePolicy] = {}
-    results: list[SiteResult] = []
-    speeds: dict[tuple[object, ...], Speed] = {}
-    with torch.random.fork_rng(cuda_devices(problem.inputs)), torch.no_grad(), untraced():
-        stream = Stream(problem.gm, problem.inputs[0], problem.sites)
-        for n, site in enumerate(problem.sites):
-            on_progress(n, len(problem.sites), "validate", site.name)
-            layer = stream.layer(site.name)
-            result = checked(problem, layer, site, source[site.name], trace)
-            if (kind := signature(layer)) not in speeds:
-                speeds[kind] = measure(
-                    layer, problem.options.selector, problem.options.compensation
-                )
-            results.append(result)
-            found[site.name] = site_policy(site, result, speeds[kind])
-        on_progress(len(problem.sites), len(problem.sites), "validate", "")
-    mean = float(np.concatenate([result.error for result in results]).mean())
-    if mean > problem.options.mean_error_budget:
+    with aside(problem):
+        seen = {look.site.name: look for look in looks(problem, source, on_progress)}
+        results, well = careful(problem.options, seen, source, trace, STEPS)
+    if not well:
         return None
+    found = {n: site_policy(seen[n].site, result, seen[n].speed) for n, result in results.items()}
     made = tuning(problem, found, trace, time.perf_counter() - start)
     return replace(made, inputs=(f"{problem.length} tokens, validated on {ROWS} query blocks",))
-
-
-def checked(
-    problem: Problem, layer: Layer, site: Site, source: SitePolicy, trace: Trace
-) -> SiteResult:
-    """A site's thresholds from another length, backed off where this one exceeds the cap."""
-    options = problem.options
-    evaluator = profiled(
-        layer, selector=options.selector, heads=site.heads, compensation=options.compensation,
-        most_rows=ROWS,
-    )  # fmt: skip
-    was_dense = np.array([head.mode == "dense" for head in source.heads])
-    u = u_of_tau(np.array([min(head.tau, 1.0) for head in source.heads]))
-    cap = np.where(was_dense, np.inf, MARGIN * options.error_cap)
-    u, measured, failed = back_off(Traced(evaluator, trace, site.name, "validate"), u, cap, FULL)
-    dense = was_dense | failed
-    off = np.zeros(site.heads, dtype=np.int64)
-    return SiteResult(
-        u, dense, np.where(dense, 0.0, measured.error), np.where(dense, 1.0, measured.density),
-        off, np.full(site.heads, -np.inf),
-    )  # fmt: skip

@@ -13,6 +13,7 @@ from pathlib import Path
 from afbs_compile import logs
 from afbs_compile.commands.balance_options import add_balance_options
 from afbs_compile.commands.coverage_options import add_coverage_options, add_fuzz_options
+from afbs_compile.commands.decode_options import add_decode_options
 from afbs_compile.commands.errors import CommandError
 from afbs_compile.commands.quality_options import add_quality_options, add_retrieval_options
 from afbs_compile.commands.tuner_options import add_tuner_options
@@ -185,6 +186,7 @@ def add_bench(command: argparse.ArgumentParser) -> None:
         ("balance", "balanced training on simulated clusters", add_balance_options),
         ("coverage", "many models run in many ways: rewritten, and right?", add_coverage_options),
         ("fuzz", "random models against dense ones", add_fuzz_options),
+        ("decode", "tokens a second and bytes of a hybrid cache", add_decode_options),
     ):
         kind = kinds.add_parser(name, help=about)
         add(kind)

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from afbs_compile import hybrid_prefill
-from afbs_compile.kernels import decode
+from afbs_compile.kernels import decode  # noqa: F401  registers afbs::decode
 
 NAME = "afbs-hybrid"
 HOW = f'call model.set_attn_implementation("{NAME}") and pass past_key_values=HybridCache(...)'
@@ -114,14 +114,11 @@ def given(attention_mask: Tensor | None) -> Tensor | None:
 
 def one(layer: Any, q: Tensor, scale: float) -> Tensor:
     """Attention of the last token over what a layer keeps: `[B, Hq, 1, D]`."""
-    batch, longest = q.shape[0], layer.layout.spans[0]
-    splits = decode.splits_for(
-        batch * len(longest.heads), longest.slots, layer.multiprocessors
-    )  # the first span has the longest heads
-    keys, values = layer.keys[:batch], layer.values[:batch]
+    batch = q.shape[0]
     out: Tensor = torch.ops.afbs.decode(
-        q, keys, values, layer.bases, layer.slots, layer.lengths[:batch], scale, splits
-    )
+        q, layer.keys[:batch], layer.values[:batch], layer.bases, layer.slots,
+        layer.lengths[:batch], layer.work, scale, layer.splits,
+    )  # fmt: skip
     return out
 
 

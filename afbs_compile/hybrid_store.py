@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from afbs_compile.hybrid_layout import Span
+from afbs_compile.kernels import decode
 
 NOTHING = -(1 << 30)  # the token in a row that holds none
 
@@ -29,9 +30,14 @@ def allocate(layer: Any, key_states: Tensor, value_states: Tensor) -> None:
     layer.members = [torch.tensor(span.heads, device=device) for span in layer.layout.spans]
     if layer.policy is not None:
         layer.policy = layer.policy.to(device)
-    layer.multiprocessors = 1
+    multiprocessors = 1
     if device.type == "cuda":
-        layer.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    longest = layer.layout.spans[0]  # no head of another span is longer
+    programs = layer.max_batch * len(longest.heads)
+    layer.splits = decode.splits_for(programs, longest.slots, multiprocessors)
+    work = decode.shares(layer.layout.columns()[1], layer.splits)
+    layer.work = torch.tensor(work, dtype=torch.int32, device=device)
     if not torch.compiler.is_compiling():  # CUDA graphs copy what may move
         for name in ("keys", "values", "lengths", "cumulative_length"):
             torch._dynamo.mark_static_address(getattr(layer, name))

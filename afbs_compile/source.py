@@ -20,6 +20,7 @@ from afbs_compile.policy import Policy, PolicyError, Tuning, bucket_of
 from afbs_compile.policy import Site as SitePolicy
 from afbs_compile.problem import Problem, store_of
 from afbs_compile.progress import Progress
+from afbs_compile.recheck import recheck
 from afbs_compile.report import JOURNAL, CalibrationReport
 from afbs_compile.store import Store
 from afbs_compile.tuner.trace import Trace
@@ -126,6 +127,20 @@ def measure_now(
         result, path = keep(new)
     note("miss", key, problem, result, path)
     return result
+
+
+def check_again(problem: Problem, key: str, known: Tuning) -> Tuning:
+    """The tuning after one more call, stored. What cannot be measured changes nothing."""
+    with LOCK:
+        try:
+            with Progress() as progress:
+                new = recheck(problem, known, progress)
+        except (ValueError, torch.OutOfMemoryError) as error:
+            warn(f"a further call could not be measured: {error}. Thresholds stay as they are.")
+            return known
+        stored = cache.load(key, problem.options.cache_folder) or Policy(key, None)
+        cache.store(stored.with_tuning(new), problem.options.cache_folder)
+        return new
 
 
 def carried(problem: Problem, near: Tuning | None, progress: Progress) -> Tuning | None:

@@ -9,7 +9,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("coverage", "training")))
+DOCS = ("benchmarks", "coverage", "training")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 LENGTHS = (8192, 16384, 32768)
 SHOWN, NEAR, ALL = 0.25, 0.05, 0.99  # share of the visible blocks
 LEGEND = "A quarter of the blocks, the same for all but cuDNN; bf16, head dim 128, 32 heads."
@@ -169,7 +170,32 @@ def coverage(document: Document) -> str:
     return coverage_table.coverage(document)
 
 
+def tuner(document: Document) -> str:
+    """What strategies find and cost, means over goals and seeds."""
+    from afbs_compile.bench import tuner_show
+
+    return f"{tuner_show.markdown(document)}\n\n{origin(document)}"
+
+
+def unseen(document: Document) -> str:
+    """How many heads are above max_error on text that calibration did not see."""
+    rows = document["rows"]
+    lines = ["| max_error | documents | margin | above max_error | above 1.1 × | density |"]
+    lines.append("|---|---|---|---|---|---|")
+    lines += [
+        f"| {r['max_error']:g} | {r['documents']} | {r['margin']:g} | {r['heldout_over']:.1%} "
+        f"| {r['heldout_over_1_1']:.1%} | {r['density']:.3f} |"
+        for r in rows
+        if r["margin"] in (1.0, 0.9, 0.85, 0.75, 0.6)
+    ]
+    about = rows[0]
+    text = f"{about['model']}, {about['text']}, {about['tokens']} tokens, {about['heads']} heads"
+    return "\n".join([*lines, "", f"{text}. {origin(document)}"])
+
+
 TABLES = {
+    "tuner": ("tuner", tuner),
+    "unseen": ("unseen", unseen),
     "balance": ("balance", balance),
     "demo": ("demo_cpu", demo),
     "attention": ("attention", attention),

@@ -50,6 +50,21 @@ def show(document: Mapping[str, Any]) -> None:
         output.print(table)
 
 
+def markdown(document: Mapping[str, Any]) -> str:
+    """One table, a row a strategy: means over all goals."""
+    goals = means(document)
+    names = list(dict.fromkeys(name for goal in goals.values() for name in goal))
+    lines = [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
+    for name in names:
+        every = [goal[name] for goal in goals.values() if name in goal]
+        cells = (
+            form.format(float(np.mean([values[column] for values in every])))
+            for form, column in zip(FORMATS, MEANS, strict=True)
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def draw(document: Mapping[str, Any], path: Path) -> None:
     """Sparsity against cost, a panel for every goal; the file's suffix says the format."""
     from matplotlib import rc_context

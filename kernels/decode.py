@@ -7,6 +7,7 @@ sees is exactly those, in whatever order a ring holds them. Lengths are data: a 
 neither recompiles nor synchronises.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ SHORTEST = 256  # rows of a share; as `triton_decode.LEAST`, which a CPU need no
 LIBRARY: Any = attention_op.LIBRARY
 LIBRARY.define(
     "decode(Tensor q, Tensor keys, Tensor values, Tensor bases, Tensor slots, Tensor lengths, "
-    "float scale, int splits) -> Tensor",
+    "Tensor work, float scale, int splits) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -39,6 +40,16 @@ def splits_for(programs: int, capacity: int, multiprocessors: int) -> int:
     return max(1, min(wanted, -(-capacity // SHORTEST), MOST_SPLITS))
 
 
+def shares(slots: Sequence[int], splits: int) -> list[int]:
+    """The shares that KV heads of `slots` rows can have, as `head · splits + share`.
+
+    Long heads come first: what starts last should be short.
+    """
+    order = sorted(range(len(slots)), key=lambda h: -slots[h])
+    counts = {h: min(splits, -(-slots[h] // SHORTEST)) for h in order}
+    return [h * splits + share for h in order for share in range(counts[h])]
+
+
 def decode(
     q: Tensor,
     keys: Tensor,
@@ -46,6 +57,7 @@ def decode(
     bases: Tensor,
     slots: Tensor,
     lengths: Tensor,
+    work: Tensor,
     scale: float,
     splits: int,
 ) -> Tensor:
@@ -58,6 +70,7 @@ def decode(
         bases: int32 `[Hkv]`, first row of a KV head; Hkv divides Hq.
         slots: int32 `[Hkv]`, rows of a KV head.
         lengths: int32 `[B]`, tokens of a sequence, the query's own included.
+        work: int32 `[W]`, `shares` of slots and splits; a CPU does not read it.
         scale: Multiplier on q·k.
         splits: Shares of a KV head that run at the same time, at most (`splits_for`).
 
@@ -67,11 +80,11 @@ def decode(
     Raises:
         ValueError: The tensors do not fit together, or no kernel can run them.
     """
-    require(q, keys, values, bases, slots, lengths, splits)
+    require(q, keys, values, bases, slots, lengths, work, splits)
     if q.device.type == "cuda":
         from afbs_compile.kernels import triton_decode as gpu
 
-        return gpu.decode(q, keys, values, bases, slots, lengths, scale=scale, splits=splits)
+        return gpu.decode(q, keys, values, bases, slots, lengths, work, scale=scale, splits=splits)
     return on_cpu(q, keys, values, bases, slots, lengths, scale)
 
 
@@ -82,6 +95,7 @@ def require(
     bases: Tensor,
     slots: Tensor,
     lengths: Tensor,
+    work: Tensor,
     splits: int,
 ) -> None:
     """Raise a ValueError unless `decode` can run."""
@@ -93,13 +107,11 @@ def require(
         if not (fits and x.is_contiguous()):
             wanted = f"contiguous {q.dtype} [{batch}, rows, {dim}]"
             raise ValueError(f"{name} are {x.dtype} {list(x.shape)}; afbs::decode needs {wanted}")
-    for name, x, size in (
-        ("bases", bases, None),
-        ("slots", slots, None),
-        ("lengths", lengths, batch),
-    ):
-        if x.dtype != torch.int32 or x.dim() != 1 or (size is not None and len(x) != size):
-            raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; afbs::decode needs int32")
+    for name, x in (("bases", bases), ("slots", slots), ("lengths", lengths), ("work", work)):
+        if x.dtype != torch.int32 or x.dim() != 1:
+            raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; afbs::decode needs int32 [n]")
+    if len(lengths) != batch:
+        raise ValueError(f"{len(lengths)} lengths are not those of {batch} sequences")
     if len(bases) != len(slots) or heads % len(slots):
         raise ValueError(f"{len(slots)} KV heads do not divide {heads} query heads")
     if splits < 1:

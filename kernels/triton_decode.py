@@ -2,8 +2,9 @@
 
 A program serves all query heads of a KV head over one share of its live rows; a second launch
 joins the shares by their lse (Flash-Decoding, Dao et al. 2023; lse in base 2). How many shares a
-head has, and how long they are, follows from its live rows alone, on the device: heads with a
-short ring take a few, and nothing is read that is not live. The oracle is `kernels.decode`.
+head has, and how long they are, follows from its live rows alone, on the device, and nothing is
+read that is not live. `work` lists the shares that there can be, those of long heads first: an
+idle program costs as much as one that reads a kilobyte. The oracle is `kernels.decode`.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -25,7 +26,7 @@ from afbs_compile.kernels.triton_forward import load_rows, softmax_step
 
 LEAST = 256  # rows of a share, at least: fewer are not worth a program
 TOGETHER = tl.constexpr(16)  # shares that are joined at a time
-SIZES = ["stride_qb", "stride_qh", "rows", "kv_heads", "splits"]
+SIZES = ["stride_qb", "stride_qh", "rows", "batch", "kv_heads", "splits"]
 
 
 @triton.jit
@@ -37,16 +38,17 @@ def share(live, splits, LEAST: tl.constexpr, TILE_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def decode_kernel(
-    Q, K, V, PARTS, LSE, BASES, SLOTS, LENGTHS, scale_log2,
-    stride_qb, stride_qh, rows, kv_heads, splits,
+    Q, K, V, PARTS, LSE, BASES, SLOTS, LENGTHS, WORK, scale_log2,
+    stride_qb, stride_qh, rows, batch, kv_heads, splits,
     D: tl.constexpr, D_PADDED: tl.constexpr, GROUP: tl.constexpr, TILE_G: tl.constexpr,
     TILE_N: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     """One share of one KV head: normalised output and lse (base 2) of its query heads."""
     pid = tl.program_id(0)
-    split = pid % splits
-    h = pid // splits % kv_heads
-    b = (pid // splits // kv_heads).to(tl.int64)
+    item = tl.load(WORK + pid // batch)
+    split = item % splits
+    h = item // splits
+    b = (pid % batch).to(tl.int64)
     live = tl.minimum(tl.load(LENGTHS + b), tl.load(SLOTS + h))
     long = share(live, splits, LEAST, TILE_N)
     start = split * long
@@ -112,13 +114,16 @@ def join_kernel(
     tl.store(O + row * D + d, acc.to(O.dtype.element_ty), mask=d < D)
 
 
-def tiling(head_dim: int, itemsize: int, shared_bytes: int) -> tuple[int, int]:
-    """`(tile_n, num_stages)`: rows of a tile, and tiles that are under way at a time."""
+def tiling(head_dim: int, itemsize: int, shared_bytes: int) -> tuple[int, int, int]:
+    """`(tile_n, num_warps, num_stages)`: rows of a tile, and tiles that are under way at a time.
+
+    fp32 runs on the FMA units, whose operands stay in registers: it takes more warps.
+    """
     tile_n = 64 if itemsize < 4 else 32
     while tile_n > 16 and 4 * tile_n * head_dim * itemsize > shared_bytes:
         tile_n //= 2
     stages = shared_bytes // (2 * tile_n * head_dim * itemsize)
-    return tile_n, max(1, min(3, stages))
+    return tile_n, 8 if itemsize == 4 else 4, max(1, min(3, stages))
 
 
 def decode(
@@ -128,6 +133,7 @@ def decode(
     bases: Tensor,
     slots: Tensor,
     lengths: Tensor,
+    work: Tensor,
     *,
     scale: float,
     splits: int,
@@ -146,7 +152,7 @@ def decode(
     batch, heads, _, dim = q.shape
     kv_heads = len(slots)
     group, padded = heads // kv_heads, max(16, triton.next_power_of_2(dim))
-    tile_n, stages = tiling(padded, q.element_size(), shared_memory_bytes(q.device))
+    tile_n, warps, stages = tiling(padded, q.element_size(), shared_memory_bytes(q.device))
     parts = torch.empty(batch, heads, splits, dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch, heads, splits, dtype=torch.float32, device=q.device)
     o = torch.empty(batch, heads, 1, dim, dtype=q.dtype, device=q.device)
@@ -155,11 +161,11 @@ def decode(
     with on_device(q):
         launch(
             decode_kernel, ("decode", *kind, aligned(q, keys, values)), q.device,
-            batch * kv_heads * splits,
-            (q, keys, values, parts, lse, bases, slots, lengths, scale * LOG2E,
-             q.stride(0), q.stride(1), keys.shape[1], kv_heads, splits),
+            batch * len(work),
+            (q, keys, values, parts, lse, bases, slots, lengths, work, scale * LOG2E,
+             q.stride(0), q.stride(1), keys.shape[1], batch, kv_heads, splits),
             **shape, TILE_G=max(16, triton.next_power_of_2(group)), TILE_N=tile_n, LEAST=LEAST,
-            num_warps=4, num_stages=stages,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
         launch(
             join_kernel, ("join", *kind), q.device, batch * heads,

@@ -2,6 +2,7 @@
 
 | form | pass |
 |---|---|
+| `nn.MultiheadAttention`, `nn.TransformerEncoderLayer` | `modules` |
 | matmul, softmax, matmul | `chains` |
 | SDPA on three axes | `views` |
 What SDPA stands for is kept until the call is accepted (`forms.Form`).
@@ -12,12 +13,13 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
 
-from afbs_compile.passes import chains, views
+from afbs_compile.passes import chains, modules, views
 from afbs_compile.passes.copying import copy
 from afbs_compile.passes.forms import Form
 from afbs_compile.passes.spellings import is_softmax
 
 PASSES: tuple[Callable[[GraphModule], Iterable[Form | tuple[Node, str]]], ...] = (
+    modules.lower,
     chains.lower,
     views.lower,
 )
@@ -49,14 +51,14 @@ class Lowered:
                 kept.append(form)
         for form in kept:
             form.settle()
-        if self.forms:
-            self.gm.graph.lint()
-            self.gm.recompile()
+        self.gm.graph.lint()
+        self.gm.recompile()
 
 
 def lower(gm: GraphModule) -> Lowered:
     """Turn a graph's attention into SDPA; the graph itself is not changed."""
-    if not any(map(is_softmax, gm.graph.nodes)) and not views.candidates(gm):
+    known = any(is_softmax(n) or modules.is_module(n) for n in gm.graph.nodes)
+    if not known and not views.candidates(gm):
         return Lowered(gm)
     result = Lowered(copy(gm)[0])
     for run in PASSES:

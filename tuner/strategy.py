@@ -12,6 +12,18 @@ from afbs_compile.tuner.curves import Curves
 from afbs_compile.tuner.objective import Evaluator, Fidelity, Measured
 from afbs_compile.tuner.rootfind import Root
 
+MARGINS = {1: 0.75, 2: 0.85}  # of max_error, by calibration inputs
+MARGIN = 0.9  # with more of them
+
+
+def margin_of(inputs: int) -> float:
+    """Share of max_error that a search on so many inputs may use.
+
+    About one head in twenty is then above max_error on an unseen input of the same kind: measured,
+    `docs/benchmarks.md`, "How sure is the bound?".
+    """
+    return MARGINS.get(inputs, MARGIN)
+
 
 @dataclass(frozen=True, slots=True)
 class Goal:
@@ -29,7 +41,7 @@ class Goal:
 
     max_error: float
     mean_error: float | None = None
-    margin: float = 0.9
+    margin: float = MARGIN
     seed: int = 0
 
     def __post_init__(self) -> None:

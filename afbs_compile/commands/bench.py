@@ -9,7 +9,7 @@ def run(args: Namespace) -> int:
     """Measure, and print tables or the whole result."""
     kinds = {
         "attention": attention, "tuner": tuner, "quality": quality, "retrieval": retrieval,
-        "coverage": coverage, "fuzz": fuzz, "balance": balance,
+        "coverage": coverage, "fuzz": fuzz, "balance": balance, "decode": decode,
     }  # fmt: skip
     return kinds[args.what](args)
 
@@ -98,3 +98,15 @@ def fuzz(args: Namespace) -> int:
     else:
         emit_text(fuzz.summary(document))
     return int(any(row["wrong"] for row in document["rows"]))
+
+
+def decode(args: Namespace) -> int:
+    """Tokens a second of a hybrid cache."""
+    from afbs_compile.bench import decode, decode_show
+
+    document = decode.run(args, args.output)
+    if args.json:
+        emit_json(document)
+    else:
+        decode_show.show(document)
+    return 0

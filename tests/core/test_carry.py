@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import afbs_compile
-from afbs_compile import backend, calibrate, carry, source
+from afbs_compile import backend, calibrate, looks, source
 from afbs_compile.capture import Layer
 from afbs_compile.evaluators import profiled
 from afbs_compile.kernels.geometry import Mask
@@ -55,7 +55,7 @@ def interpreted(monkeypatch):
     RUNNERS.clear()
     monkeypatch.setattr(backend, "inductor", lambda gm, inputs, options: gm.forward)
     speed = Speed(dense=1.0, fixed=0.0, per_density=0.5)
-    for module in (calibrate, carry):
+    for module in (calibrate, looks):
         monkeypatch.setattr(module, "measure", lambda *_: speed)
     yield
     JOURNAL.clear()

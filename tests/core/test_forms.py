@@ -113,6 +113,20 @@ def test_eager_models_are_rewritten(graphs, make, use_cache):
     assert (len(report.sites), ops(graphs)) == (2, 2)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_torch_encoders_are_rewritten(graphs, training):
+    layer = nn.TransformerEncoderLayer(64, 2, 64, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    compiled = torch.compile(model.train(training), backend="afbs", options={"min_length": 16})
+    with torch.no_grad():
+        x = torch.randn(2, LENGTH, 64)
+        torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
+    assert [s.name for s in afbs_compile.explain().sites] == [
+        "layers.0.self_attn", "layers.1.self_attn"
+    ]  # fmt: skip
+    assert ops(graphs) == 2
+
+
 def test_a_position_bias_is_refused(graphs):
     report = compare(t5(), ids())
     assert ops(graphs) == 0

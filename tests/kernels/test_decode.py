@@ -43,6 +43,23 @@ def oracle(q, keys, values, bases, slots, lengths, scale):
     return o
 
 
+def worked(arguments, splits):
+    """The arguments with the shares that `splits` make."""
+    shares = decode.shares(arguments[4].tolist(), splits)
+    return [*arguments, torch.tensor(shares, dtype=torch.int32, device=arguments[0].device)]
+
+
+def by_kernel(splits):
+    def run(*arguments, scale):
+        return triton_decode.decode(*worked(arguments, splits), scale=scale, splits=splits)
+
+    return run
+
+
+def by_op(splits):
+    return lambda *a, scale: torch.ops.afbs.decode(*worked(a, splits), scale, splits)
+
+
 def check(run, arguments, scale):
     wanted = oracle(*arguments, scale)
     found = run(*arguments, scale=scale)
@@ -70,24 +87,18 @@ def test_plain_torch_is_attention_over_the_live_rows(problem, scale):
 @example(cache(1, 1, 64, [520], [513, 512, 511]), 0.1, 2)
 @pytest.mark.usefixtures("poisoned_empty")
 def test_kernel_is_attention_over_the_live_rows(problem, scale, splits):
-    def run(*arguments, scale):
-        return triton_decode.decode(*arguments, scale=scale, splits=splits)
-
-    check(run, problem, scale)
+    check(by_kernel(splits), problem, scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("run", [decode.on_cpu, None])
+@pytest.mark.parametrize("run", [decode.on_cpu, by_kernel(3)])
 def test_half_precision(dtype, run):
-    def kernel(*arguments, scale):
-        return triton_decode.decode(*arguments, scale=scale, splits=3)
-
-    check(run or kernel, cache(2, 4, 64, [300, 20], [290, 7], dtype=dtype), 0.125)
+    check(run, cache(2, 4, 64, [300, 20], [290, 7], dtype=dtype), 0.125)
 
 
 def arguments(**changes):
-    names = ("q", "keys", "values", "bases", "slots", "lengths")
-    return dict(zip(names, cache(2, 2, 32, [40, 8], [33, 5]), strict=True)) | {
+    names = ("q", "keys", "values", "bases", "slots", "lengths", "work")
+    return dict(zip(names, worked(cache(2, 2, 32, [40, 8], [33, 5]), 2), strict=True)) | {
         "scale": 0.2, "splits": 2
     } | changes  # fmt: skip
 
@@ -126,6 +137,16 @@ def test_both_know_the_least_share():
     assert decode.SHORTEST == triton_decode.LEAST
 
 
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=6), st.integers(1, 9))
+def test_every_share_that_may_be_live_is_listed_once_and_long_heads_first(slots, splits):
+    shares = decode.shares(slots, splits)
+    counts = [sum(item // splits == h for item in shares) for h in range(len(slots))]
+    assert counts == [min(splits, -(-size // decode.SHORTEST)) for size in slots]
+    assert len({*shares}) == len(shares)
+    sizes = [slots[item // splits] for item in shares]
+    assert sizes == sorted(sizes, reverse=True)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
@@ -134,19 +155,18 @@ def test_on_a_gpu(dtype, dim):
         2, 4, dim, [9000, 1028], [9000, 1028, 1027, 256, 1, 0], dtype=dtype, device="cuda"
     )
     for splits in (1, 7, 128):
-        check(
-            lambda *a, scale, splits=splits: torch.ops.afbs.decode(*a, scale, splits), problem, 0.1
-        )
+        check(by_op(splits), problem, 0.1)
 
 
 @pytest.mark.gpu
 def test_a_cuda_graph_follows_the_lengths():
     problem = cache(2, 4, 128, [3000, 68], [3000, 3000], device="cuda")
     problem[-1].fill_(60)
-    torch.ops.afbs.decode(*problem, 0.1, 5)
+    all_of_it = worked(problem, 5)
+    torch.ops.afbs.decode(*all_of_it, 0.1, 5)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = torch.ops.afbs.decode(*problem, 0.1, 5)
+        out = torch.ops.afbs.decode(*all_of_it, 0.1, 5)
     for length in (1, 67, 68, 69, 2999):
         problem[-1].fill_(length)
         graph.replay()

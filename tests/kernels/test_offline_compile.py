@@ -113,7 +113,8 @@ def compile_for(arch, case):
     triton_compensation.compensate(*results, q, k, k, *lists, policy, **site)
     cache, places = k[:, 0], torch.zeros(2, 1, dtype=torch.int32)
     lengths = torch.zeros(1, dtype=torch.int32)
-    triton_decode.decode(q[:, :, :1], cache, cache, *places, lengths, scale=1.0, splits=8)
+    work = torch.zeros(3, dtype=torch.int32)
+    triton_decode.decode(q[:, :, :1], cache, cache, *places, lengths, work, scale=1.0, splits=8)
     return used
 
 

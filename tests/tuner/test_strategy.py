@@ -2,11 +2,17 @@ import math
 
 import pytest
 
-from afbs_compile.tuner.strategy import Goal
+from afbs_compile.tuner.strategy import Goal, margin_of
 
 
 def test_the_search_stays_a_margin_below_the_cap():
     assert Goal(0.2, margin=0.8).cap == pytest.approx(0.16)
+
+
+def test_fewer_inputs_need_a_wider_margin():
+    margins = [margin_of(inputs) for inputs in (1, 2, 3, 10)]
+    assert margins == sorted(margins)
+    assert margins[0] < margins[1] < margins[2] == margins[3] == Goal(0.2).margin
 
 
 @pytest.mark.parametrize(("mean", "budget"), [(None, 0.18), (0.05, 0.05), (0.5, 0.18), (0.0, 0.0)])
