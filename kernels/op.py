@@ -36,7 +36,14 @@ def attention(
     min_length: int,
     compensation: str = "none",
 ) -> Tensor:
-    """Real implementation; arguments as in `kernels.dispatch.attention`."""
+    """Real implementation; arguments as in `kernels.dispatch.attention`.
+
+    Raises:
+        ValueError: Batches of q, k and v, or lengths of k and v, differ.
+    """
+    if not (q.shape[0] == k.shape[0] == v.shape[0] and k.shape[2] == v.shape[2]):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q, k, v are {shapes}; needed: one batch, and k as long as v")
     out = dispatch.attention(
         q, k, v, policy, mask=Mask(causal, offset, window),
         scale=scale, selector=selector, min_length=min_length, compensation=compensation,
