@@ -50,6 +50,8 @@ class Options:
         min_length: Calls with fewer query tokens stay dense.
         tuning_budget_s: Seconds after which the first call stops measuring and leaves the rest
             dense until a later start; None measures everything.
+        calibration_calls: How many of a program's calls are measured, in each length bucket: the
+            first tunes, each further one may only make thresholds more careful.
         inductor: Configuration patches for Inductor.
     """
 
@@ -66,6 +68,7 @@ class Options:
     compensation: str = "none"
     min_length: int = MIN_LENGTH
     tuning_budget_s: float | None = None
+    calibration_calls: int = 1
     inductor: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -245,6 +248,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "compensation": one_of(COMPENSATIONS),
     "min_length": positive,
     "tuning_budget_s": seconds_or_none,
+    "calibration_calls": positive,
 }
 
 
