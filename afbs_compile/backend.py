@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from afbs_compile import logs
 from afbs_compile.options import Options, disabled, parse
-from afbs_compile.passes.plan import Plan, hint, plan
+from afbs_compile.passes.plan import Plan, plan
+from afbs_compile.passes.rules import hint
 from afbs_compile.report import JOURNAL, SiteReport
 from afbs_compile.runner import Runner
 

@@ -5,6 +5,7 @@ tensors are alive. Asking for an earlier site starts a new pass, so a search tha
 in order costs one forward pass a phase.
 """
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from afbs_compile.kernels.data_mask import DataMask, gathered
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.passes.rewrite import Site
+
+OF_A_KEYWORD = (operator.and_, operator.or_, operator.not_, operator.is_)  # these write nothing
+WRITING = ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,7 @@ class Layer:
         v: `[B, Hkv, Lk, D]`.
         mask: The site's mask with its offset counted from 0.
         scale: Multiplier on q·k.
+        data: The part of the mask that comes with the call.
     """
 
     q: Tensor
@@ -34,6 +40,7 @@ class Layer:
     v: Tensor
     mask: Mask
     scale: float
+    data: DataMask | None = None
 
 
 class Stream:
@@ -66,6 +73,7 @@ class Stream:
         """One pass; yields each site's layer before the site runs."""
         by_node = {site.call.node: site for site in self.sites}
         held = {node for site in self.sites for node in (site.key, site.value)}
+        held |= {node for site in self.sites for node in site.data if node}  # by several sites
         interpreter = Interpreter(self.gm)
         interpreter.args_iter = iter(private(self.gm, self.inputs))
         uses = remaining_uses(self.gm)
@@ -93,7 +101,9 @@ def layer_of(interpreter: Interpreter, site: Site) -> Layer:
     if scale is None:
         assert isinstance(site.call.scale, Node)
         scale = float(interpreter.env[site.call.scale])
-    return Layer(q, k, v, mask_at(site, q.shape[2], k.shape[2]), scale)
+    parts = [None if node is None else interpreter.env[node] for node in site.data]
+    lengths = q.shape[2], k.shape[2]
+    return Layer(q, k, v, mask_at(site, *lengths), scale, gathered(parts, lengths))
 
 
 def mask_at(site: Site, length_q: int, length_k: int) -> Mask:
@@ -137,10 +147,12 @@ def is_weight(x: Tensor) -> bool:
 def written(node: Node) -> bool:
     """Does a user of the node change it in place (`x.add_()`, `x[...] = y`, `x += y`)?"""
     for user in node.users:
+        if user.target in OF_A_KEYWORD:
+            continue
         name = (
             user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
         )
         in_place = name.endswith("_") and not name.endswith("__")
-        if (in_place or name in ("setitem", "iadd", "imul", "isub")) and user.args[:1] == (node,):
+        if (in_place or name in WRITING) and user.args[:1] == (node,):
             return True
     return False

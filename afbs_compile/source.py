@@ -12,6 +12,7 @@ import torch
 from afbs_compile import cache
 from afbs_compile.calibrate import calibrate, describe, finished, tuning
 from afbs_compile.carry import carry, neighbour
+from afbs_compile.kernels.data_mask import KINDS
 from afbs_compile.logs import warn
 from afbs_compile.measurements import begun
 from afbs_compile.options import Options
@@ -80,6 +81,7 @@ def read_given(options: Options) -> Policy:
 def from_given(policy: Policy, problem: Problem, layer: Layer) -> Tuning:
     """The tuning of a given policy for the problem's length; sites it lacks stay dense."""
     found = policy.find_any(bucket_of(problem.length)) or policy.find_longer(problem.length)
+    found = found or next((t for t in policy.tunings if t.holds_at_any_length), None)
     names = {site.name: site.name for site in problem.sites}
     if policy.model != layer.key:
         names = names_by_weights(policy, problem)
@@ -216,9 +218,17 @@ def fitting_sites(found: Tuning, sites: Sequence[Site]) -> dict[str, SitePolicy]
 
 
 def fits(policy: SitePolicy, site: Site) -> bool:
-    """Was this policy made for such a site?"""
-    made_for = (len(policy.heads), policy.kv_heads, policy.head_dim, policy.mask)
-    return made_for == (site.heads, site.kv_heads, site.head_dim, describe(site))
+    """Was this policy made for such a site?
+
+    Calls with and without key padding share one: padding shortens texts inside a length bucket.
+    """
+    made_for = (len(policy.heads), policy.kv_heads, policy.head_dim, unpadded(policy.mask))
+    return made_for == (site.heads, site.kv_heads, site.head_dim, unpadded(describe(site)))
+
+
+def unpadded(mask: str) -> str:
+    """A mask's description without key padding."""
+    return mask.replace(f" + {KINDS[0]}", "")
 
 
 def fingerprint(problem: Problem) -> Mapping[str, float | str]:

@@ -10,7 +10,12 @@ from torch import SymInt
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from afbs_compile.kernels.dispatch import no_backward, no_compensated_backward, unsupported
+from afbs_compile.kernels.dispatch import (
+    no_backward,
+    no_compensated_backward,
+    no_data_mask,
+    unsupported,
+)
 from afbs_compile.passes.sites import Call, recorded, value
 
 ENTER = {"_vmap_increment_nesting": "vmap", "_enter_autocast": "autocast"}
@@ -69,9 +74,20 @@ def shape_refusal(enable_gqa: bool, tensors: list[torch.Tensor]) -> str | None:
     if v.shape[1] != kv_heads or heads % kv_heads or not (enable_gqa or heads == kv_heads):
         return f"{heads} query heads on {kv_heads}/{v.shape[1]} key/value heads"
     sizes = [(q.shape[0], k.shape[0]), (k.shape[0], v.shape[0]), (k.shape[2], v.shape[2])]
-    if not all(statically_known_true(one == other) for one, other in sizes):
+    if not all(may_agree(one, other) for one, other in sizes):
         return "q, k and v differ in batch, or k and v in length"
     return None
+
+
+def may_agree(one: int | SymInt, other: int | SymInt) -> bool:
+    """Are two sizes the same, as far as can be told? The op checks those that are symbols.
+
+    The lengths of cached keys and cached values are different symbols of equal value.
+    """
+    if statically_known_true(one == other):
+        return True
+    hints = [n.node.hint if isinstance(n, SymInt) else n for n in (one, other)]
+    return None not in hints and hints[0] == hints[1]
 
 
 def dtype_refusal(tensors: Iterable[torch.Tensor]) -> str | None:
@@ -90,6 +106,15 @@ def gradient_refusal(tensors: Iterable[torch.Tensor], compensation: str = "none"
     if reason and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return f"needs gradients: {reason} (run under torch.no_grad or torch.inference_mode)"
     return None
+
+
+def data_refusal(call: Call, compensation: str = "none") -> str | None:
+    """Why a call cannot have a mask that depends on data."""
+    tensors = [value(n) for n in (call.query, call.key, call.value)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        reason = no_backward(tensors[0].device.type, data_mask=True)
+        return f"needs gradients: {reason} (run under torch.no_grad or torch.inference_mode)"
+    return no_data_mask(compensation)
 
 
 def length_refusal(length: int | SymInt, min_length: int) -> str | None:
