@@ -156,6 +156,26 @@ def test_models_take_turns(force):
     assert force.graphs == graphs
 
 
+class Cross(nn.Module):
+    """Attends from some tokens to others."""
+
+    def forward(self, x, memory):
+        q, k = (t.unflatten(-1, (4, -1)).transpose(1, 2) for t in (x, memory))
+        return F.scaled_dot_product_attention(q, k, k)
+
+
+def test_few_queries_of_many_keys_are_none_to_tune_with(force):
+    """A chunk of a prompt that is shorter than `min_length` runs dense, however long the rest."""
+    options = {"min_length": 200, "cache_dir": force.cache_dir}
+    call = torch.compile(Cross(), backend="afbs", dynamic=True, options=options)
+    with torch.no_grad():
+        for length in (100, 130):
+            assert distance(call(x(length), x(300)), Cross()(x(length), x(300))) < EXACT
+        assert not force.problems
+        call(x(250), x(300))
+    assert len(force.problems) == 1
+
+
 @pytest.mark.slow
 def test_cache_artifacts_travel():
     """What Inductor compiled is found again after it was carried to an empty cache."""
