@@ -105,7 +105,7 @@ def sparse(
     runner.variants[tuple(site.name for site in sites)] = compiled
     LOGGER.info("%d of %d sites rewritten", len(sites), len(found.sites))
     if known:
-        runner.bind(inputs, tuning)
+        runner.bind(inputs, tuning, ahead=True)
     return runner
 
 

@@ -26,7 +26,7 @@ settings.register_profile("gpu", settings.get_profile("dev"), max_examples=25)
 settings.register_profile("nightly", settings.get_profile("dev"), max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 TORCH_ITSELF = (  # warnings of torch's own imports, in 2.13
