@@ -123,7 +123,7 @@ class Runner:
             if not rule.holds([args[self.place[node]] for node in rule.sizes]):
                 warn(f"a mask changes its form at {length} tokens; such calls run dense")
                 return self.bound([], None)
-        if length < self.options.min_length:
+        if self.shapes.query_length(call[1]) < self.options.min_length:
             return self.bound(self.first, None)
         slot = call[0], bucket_of(length)
         if slot not in self.buckets:
