@@ -13,16 +13,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import afbs_compile
-from afbs_compile import aliases, backend, cache, calibrate, carry, engine, rulings, shelf
+from afbs_compile import aliases, backend, cache, engine, rulings, shelf
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.logs import AfbsWarning
 from afbs_compile.policy import bucket_of
 from afbs_compile.report import JOURNAL
-from afbs_compile.timing import Speed
 
 LENGTH = 512
 OPTIONS = {"min_length": 128, "max_error": 0.3}
-pytestmark = pytest.mark.usefixtures("fresh_dynamo", "clean")
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "always_faster", "clean")
 
 
 class Attention(nn.Module):
@@ -66,11 +65,9 @@ def tokens(length=LENGTH, seed=0):
 
 @pytest.fixture
 def clean(monkeypatch):
-    """No journal, no Inductor, and sparse is always faster."""
+    """No journal, no Inductor."""
     JOURNAL.clear()
     monkeypatch.setattr(backend, "inductor", lambda gm, inputs, options: gm.forward)
-    for module in (calibrate, carry):
-        monkeypatch.setattr(module, "measure", lambda *_: Speed(1.0, 0.0, 0.5))
     yield
     JOURNAL.clear()
 
@@ -212,14 +209,20 @@ def test_a_watched_model_can_be_collected():
     assert gone() is None
 
 
-def test_masks_and_gradients_stay_sdpas():
+def test_masks_of_their_own_are_exact_and_gradients_are_sdpas():
     model, x = Model(), tokens()
     mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(3)
+    mask[300:] &= torch.arange(LENGTH) % 7 > 0
+    dense = run(model, x, mask)
     with afbs_compile.sparse(model, **OPTIONS):
-        run(model, x)
+        assert not torch.equal(run(model, x, mask), dense)
+        assert len(rewritten()) == 3
+        afbs_compile.use_policy(taus(only_policy(), 1.0))
+        torch.testing.assert_close(run(model, x, mask), dense, atol=1e-5, rtol=1e-5)
         JOURNAL.clear()
-        assert torch.equal(run(model, x, mask), run(Model(), x, mask))
-        assert afbs_compile.explain().reasons == {"mask depends on an input tensor": 3}
+        bias = torch.zeros(LENGTH, LENGTH)
+        run(model, x, bias)
+        assert afbs_compile.explain().reasons == {"additive float mask": 3}
         model(x).sum().backward()
     assert model.layers[0].q.weight.grad.abs().sum() > 0
     assert any(r.startswith("needs gradients") for r in afbs_compile.explain().reasons)
