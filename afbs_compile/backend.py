@@ -18,8 +18,9 @@ from afbs_compile import logs
 from afbs_compile.calibrate import describe
 from afbs_compile.kernels.dispatch import kernel_of
 from afbs_compile.options import Options, disabled, parse
-from afbs_compile.passes.plan import Plan, hint, plan
+from afbs_compile.passes.plan import Plan, plan
 from afbs_compile.passes.rewrite import Site, rewrite
+from afbs_compile.passes.rules import hint
 from afbs_compile.passes.sites import value
 from afbs_compile.policy import Tuning
 from afbs_compile.report import JOURNAL, SiteReport

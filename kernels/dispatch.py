@@ -18,9 +18,9 @@ from torch import Tensor
 
 from afbs_compile.kernels import compensation as tangents
 from afbs_compile.kernels import flex, selection
+from afbs_compile.kernels.data_mask import DataMask, MaskedBlocks, blocked
 from afbs_compile.kernels.fused import fused
-from afbs_compile.kernels.geometry import Mask, token_visible
-from afbs_compile.kernels.policy_columns import COLUMNS
+from afbs_compile.kernels.geometry import Mask, site_tokens
 from afbs_compile.kernels.scores import sub_scores
 
 LOGGER = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ def attention(
     selector: str,
     min_length: int = 0,
     compensation: str = "none",
+    data: DataMask | None = None,
 ) -> Tensor:
     """Select blocks, then attend over them.
 
@@ -68,22 +69,25 @@ def attention(
         selector: `sub8`, `sub4` or `mean`.
         min_length: Below this many queries the call is dense.
         compensation: What stands for a dropped block: `none` or `tangent`.
+        data: The part of the mask that comes with the call.
 
     Returns:
-        `o` `[B, Hq, Lq, D]` in q's dtype.
+        `o` `[B, Hq, Lq, D]` in q's dtype. A row that sees nothing is 0, as SDPA's.
 
     Raises:
-        ValueError: For an unknown selector or compensation.
+        ValueError: For an unknown selector or compensation, or a compensation with `data`.
     """
     tangent = tangents.known(compensation) == "tangent"
     if q.shape[2] < min_length:
-        return dense(q, k, v, mask=mask, scale=scale)
+        return dense(q, k, v, mask=mask, scale=scale, data=data)
+    if data is not None and (reason := no_data_mask(q.device.type, compensation)):
+        raise ValueError(f"afbs::attention has {reason}: use scaled_dot_product_attention")
     if q.device.type == "cuda":
         o, lse, counts, indices = select_and_attend(
             q, k, v, policy, mask=mask, scale=scale, selector=selector
         )
         return compensated(o, lse, q, k, v, counts, indices, policy, mask, scale) if tangent else o
-    return on_cpu(q, k, v, policy, mask, scale, selector, tangent)[0]
+    return on_cpu(q, k, v, policy, mask, scale, selector, tangent, data)[0]
 
 
 def on_cpu(
@@ -95,12 +99,14 @@ def on_cpu(
     scale: float,
     selector: str,
     tangent: bool,
+    data: DataMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention` without a GPU: `o`, and how many blocks each query block visited."""
     block_m, block_n = block_sizes(q.device.type)
+    masked = blocked(data, mask, q.shape[2], k.shape[2], block_m=block_m, block_n=block_n)
     counts, indices = selection.select(
         q, k, policy, mask=mask, scale=scale, selector=selector, block_m=block_m, block_n=block_n,
-        core=fused_scores(q, k, selector),
+        core=fused_scores(q, k, selector, masked), masked=masked,
     )  # fmt: skip
     beside = None
     if tangent:
@@ -110,7 +116,7 @@ def on_cpu(
         )  # fmt: skip
     o = flex.forward(
         q, k, v, counts, indices, policy,
-        mask=mask, scale=scale, block_m=block_m, block_n=block_n, beside=beside,
+        mask=mask, scale=scale, block_m=block_m, block_n=block_n, beside=beside, masked=masked,
     )  # fmt: skip
     return o, counts
 
@@ -159,13 +165,22 @@ def compensated(
     )[0]  # fmt: skip
 
 
+def no_data_mask(device_type: str, compensation: str) -> str | None:
+    """Why calls whose mask depends on data cannot run, or None if they can."""
+    if compensation != "none":
+        return f"no masks that depend on data with compensation {compensation!r}"
+    return None if device_type == "cpu" else f"no masks that depend on data on {device_type}"
+
+
 def no_compensated_backward(compensation: str) -> str | None:
     """Why calls with a compensation cannot be differentiated, or None if they can."""
     return None if compensation == "none" else f"no backward with compensation {compensation!r}"
 
 
-def no_backward(device_type: str) -> str | None:
+def no_backward(device_type: str, data_mask: bool = False) -> str | None:
     """Why calls on a device cannot be differentiated, or None if they can."""
+    if data_mask:
+        return "no backward under a mask that depends on data"
     return None if device_type == "cuda" else f"no backward on {device_type.upper()}"
 
 
@@ -224,20 +239,35 @@ def gpu_forward(
     return triton_forward.forward
 
 
-def fused_scores(q: Tensor, k: Tensor, selector: str) -> Callable[..., Tensor]:
+def fused_scores(
+    q: Tensor, k: Tensor, selector: str, masked: MaskedBlocks | None = None
+) -> Callable[..., Tensor]:
     """`scores.sub_scores` fused by Inductor, once for all lengths."""
     kind = (min(q.shape[0], 2), q.shape[1], k.shape[1], q.shape[3], selector)
-    return fused(sub_scores, kind)
+    if masked is None:
+        return fused(sub_scores, kind)
+    return fused(sub_scores, (*kind, *(n == 1 for n in masked.some.shape[:2])))
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float) -> Tensor:
-    """SDPA under the site's mask; what a sparse call is measured against."""
-    causal = mask.causal and mask.offset == 0 and not mask.window
+def dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    data: DataMask | None = None,
+) -> Tensor:
+    """SDPA under the whole mask; what a sparse call is measured against."""
+    causal = mask.causal and mask.offset == 0 and not mask.window and data is None
     attn_mask = None
     if mask.causal and not causal:
         i = torch.arange(q.shape[2], device=q.device)
         j = torch.arange(k.shape[2], device=q.device)
-        attn_mask = token_visible(mask, q.new_zeros((1, COLUMNS), dtype=torch.float32), i, j)
+        attn_mask = site_tokens(mask, i, j)
+    if data is not None:
+        tokens = data.tokens(0, q.shape[2])
+        attn_mask = tokens if attn_mask is None else tokens & attn_mask
     return torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
