@@ -119,7 +119,7 @@ def site_report(site: Site, tuning: Tuning) -> SiteReport:
     known = SiteReport(
         site.name, "dense", "not in the policy", describe(site),
         site.heads, site.kv_heads, site.head_dim, tuning.length,
-        kernel=kernel_of(query.device, query.dtype, site.head_dim),
+        kernel=kernel_of(query.device, query.dtype, site.head_dim, bool(site.data)),
     )  # fmt: skip
     if policy is None:
         return known

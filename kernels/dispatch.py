@@ -5,6 +5,7 @@
 | CPU | compiled torch | compiled FlexAttention | 64 × 64 |
 | Hopper, Triton 3.6 to 3.8 | Triton | Gluon for half precision, head dim 64 or 128 | 128 × 64 |
 | other CUDA | Triton | Triton | 128 × 64 |
+Masks that depend on data run in Triton's attention everywhere.
 Calls shorter than `min_length` go to SDPA: there is nothing to win. The choice depends on sizes
 and device only, which the host knows: no synchronisation.
 """
@@ -80,11 +81,11 @@ def attention(
     tangent = tangents.known(compensation) == "tangent"
     if q.shape[2] < min_length:
         return dense(q, k, v, mask=mask, scale=scale, data=data)
-    if data is not None and (reason := no_data_mask(q.device.type, compensation)):
+    if data is not None and (reason := no_data_mask(compensation)):
         raise ValueError(f"afbs::attention has {reason}: use scaled_dot_product_attention")
     if q.device.type == "cuda":
         o, lse, counts, indices = select_and_attend(
-            q, k, v, policy, mask=mask, scale=scale, selector=selector
+            q, k, v, policy, mask=mask, scale=scale, selector=selector, data=data
         )
         return compensated(o, lse, q, k, v, counts, indices, policy, mask, scale) if tangent else o
     return on_cpu(q, k, v, policy, mask, scale, selector, tangent, data)[0]
@@ -122,7 +123,15 @@ def on_cpu(
 
 
 def select_and_attend(
-    q: Tensor, k: Tensor, v: Tensor, policy: Tensor, *, mask: Mask, scale: float, selector: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    selector: str,
+    data: DataMask | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`attention` on a GPU, with what its backward needs beside o.
 
@@ -134,12 +143,16 @@ def select_and_attend(
     block_m, block_n = block_sizes(q.device.type)
     blocks = {"block_m": block_m, "block_n": block_n}
     counts, indices, counter = triton_selection.select_counted(
-        q, k, policy, mask=mask, scale=scale, selector=selector, **blocks
+        q, k, policy, mask=mask, scale=scale, selector=selector, data=data, **blocks
     )
-    run = gpu_forward(q, k, v, **blocks)
-    o, lse = run(
-        q, k, v, counts, indices, policy, mask=mask, scale=scale, counter=counter, **blocks
-    )
+    more: dict[str, Tensor | DataMask] = {"counter": counter}
+    if data is None:
+        run = gpu_forward(q, k, v, **blocks)
+    else:
+        from afbs_compile.kernels import triton_forward
+
+        run, more = triton_forward.forward, {"data": data}
+    o, lse = run(q, k, v, counts, indices, policy, mask=mask, scale=scale, **more, **blocks)
     return o, lse, counts, indices
 
 
@@ -165,11 +178,11 @@ def compensated(
     )[0]  # fmt: skip
 
 
-def no_data_mask(device_type: str, compensation: str) -> str | None:
+def no_data_mask(compensation: str) -> str | None:
     """Why calls whose mask depends on data cannot run, or None if they can."""
     if compensation != "none":
         return f"no masks that depend on data with compensation {compensation!r}"
-    return None if device_type == "cpu" else f"no masks that depend on data on {device_type}"
+    return None
 
 
 def no_compensated_backward(compensation: str) -> str | None:
@@ -208,7 +221,9 @@ def backward(
     )  # fmt: skip
 
 
-def kernel_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def kernel_of(
+    device: torch.device, dtype: torch.dtype, head_dim: int, data_mask: bool = False
+) -> str:
     """The attention kernel for such calls, in words, and why it is not the fastest one."""
     if device.type != "cuda":
         return "FlexAttention"
@@ -219,6 +234,8 @@ def kernel_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
         reason = f"Gluon takes half precision, not {dtype}"
     if reason is None and head_dim not in (64, 128):
         reason = f"Gluon takes head dims 64 and 128, not {head_dim}"
+    if reason is None and data_mask:
+        reason = "Gluon takes no mask that depends on data"
     return "Gluon" if reason is None else f"Triton: {reason}"
 
 

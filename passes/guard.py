@@ -103,7 +103,7 @@ def data_refusal(call: Call, compensation: str = "none") -> str | None:
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         reason = no_backward(tensors[0].device.type, data_mask=True)
         return f"needs gradients: {reason} (run under torch.no_grad or torch.inference_mode)"
-    return no_data_mask(tensors[0].device.type, compensation)
+    return no_data_mask(compensation)
 
 
 def length_refusal(length: int | SymInt, min_length: int) -> str | None:

@@ -98,7 +98,6 @@ def test_next_batches_need_no_compilation(make, batches, mask, fast):
             real = batch.get("attention_mask", torch.ones_like(ids)).bool()
             torch.testing.assert_close(out[real], want[real], atol=1e-5, rtol=1e-5)
     assert len(fast) == 1
-    assert afbs_compile.explain().calibration.cache == "miss"
 
 
 def keep_everything(path):

@@ -185,8 +185,8 @@ def test_symbolic_lengths_carry_a_rule():
     for x in (q, k, v):
         torch._dynamo.mark_dynamic(x, 2)
     (rule,) = planned(function, q, k, v).rules
-    assert rule.holds([100] * len(rule.program.sizes))
-    assert not type(rule)(rule.program, Mask(True), False).holds([100] * len(rule.program.sizes))
+    assert rule.holds([100] * len(rule.sizes))
+    assert not type(rule)(rule.program, Mask(True), False).holds([100] * len(rule.sizes))
 
 
 @pytest.mark.parametrize(("function", "shape", "mask"), ACCEPTED)
