@@ -51,7 +51,7 @@ def masked_refusal(tensors: list[Tensor], compensation: str) -> str | None:
     device = tensors[0].device.type
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return f"needs gradients: {no_backward(device, data_mask=True)}"
-    return no_data_mask(device, compensation)
+    return no_data_mask(compensation)
 
 
 def transformed(tensors: list[Tensor]) -> str | None:
