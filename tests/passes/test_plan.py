@@ -90,11 +90,6 @@ def vmapped(q, k, v):
     return torch.vmap(F.scaled_dot_product_attention)(q[None], k[None], v[None])
 
 
-def autocast(q, k, v):
-    with torch.autocast("cpu", torch.bfloat16):
-        return F.scaled_dot_product_attention(q, k, v)
-
-
 def chosen_kernel(q, k, v):
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         return F.scaled_dot_product_attention(q, k, v)
@@ -111,7 +106,6 @@ REFUSED = [
         vmapped, {}, "inside vmap",
         marks=pytest.mark.filterwarnings("ignore:There is a performance drop"),
     ),
-    (autocast, {}, "inside autocast"),
     (chosen_kernel, {}, "inside sdpa_kernel"),
     (sdpa(), {"dim": 16}, "head dim 16"),
     (lambda q, k, v: F.scaled_dot_product_attention(q, k, v[..., :16]), {}, "value head dim"),
