@@ -1,8 +1,9 @@
 """Do the thresholds of another length hold at this one? Looked at, and backed off where not.
 
 A new length bucket close to a tuned one starts from its thresholds. They are measured on some
-query blocks of the new input: heads above the cap back off as in validation, or go dense. If all
-heads together no longer keep the budget on the mean error, the bucket is tuned afresh.
+query blocks of the new input: heads above the cap back off as in validation, or go dense, and all
+back off together where the budget on the mean error is exceeded. If that takes more than a few
+steps, the bucket is tuned afresh.
 """
 
 import time
@@ -12,14 +13,16 @@ from dataclasses import replace
 import numpy as np
 
 from afbs_compile.calibrate import site_policy, tuning
-from afbs_compile.looks import ROWS, aside, looks, settled, thresholds
+from afbs_compile.looks import ROWS, aside, looks
 from afbs_compile.policy import Policy, Tuning
 from afbs_compile.policy import Site as SitePolicy
 from afbs_compile.problem import Problem
 from afbs_compile.progress import OnProgress
+from afbs_compile.recheck import careful
 from afbs_compile.tuner.trace import Trace
 
 REACH = 2.0  # how many times longer or shorter the other length may be
+STEPS = 2  # of all thresholds together; a tuning finds something better than more of them
 
 
 def neighbour(stored: Policy | None, problem: Problem) -> Tuning | None:
@@ -50,15 +53,11 @@ def carry(
         on_progress: Told about every site.
     """
     start, trace = time.perf_counter(), Trace()
-    found: dict[str, SitePolicy] = {}
-    errors = []
     with aside(problem):
-        for look in looks(problem, source, on_progress):
-            u, dense = thresholds(source[look.site.name])
-            result = settled(look, u, dense, problem.options, trace)
-            errors.append(result.error)
-            found[look.site.name] = site_policy(look.site, result, look.speed)
-    if float(np.concatenate(errors).mean()) > problem.options.mean_error_budget:
+        seen = {look.site.name: look for look in looks(problem, source, on_progress)}
+        results, well = careful(problem.options, seen, source, trace, STEPS)
+    if not well:
         return None
+    found = {n: site_policy(seen[n].site, result, seen[n].speed) for n, result in results.items()}
     made = tuning(problem, found, trace, time.perf_counter() - start)
     return replace(made, inputs=(f"{problem.length} tokens, validated on {ROWS} query blocks",))

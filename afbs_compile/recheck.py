@@ -62,18 +62,30 @@ def search(
     problem: Problem, seen: Mapping[str, Look], sparse: Mapping[str, SitePolicy], trace: Trace
 ) -> Results:
     """Thresholds that keep what is promised on this input, none less careful than before."""
-    options = problem.options
+    speeds = {name: look.speed for name, look in seen.items()}
+    bound = Bound.of(problem, speeds) if problem.options.limited and seen else None
+    results, well = careful(problem.options, seen, sparse, trace, ROUNDS, bound)
+    return results if well else cut(results, problem.options, bound)
+
+
+def careful(
+    options: Options,
+    seen: Mapping[str, Look],
+    sparse: Mapping[str, SitePolicy],
+    trace: Trace,
+    rounds: int,
+    bound: Bound | None = None,
+) -> tuple[Results, bool]:
+    """Thresholds raised together, at most so many steps, and whether the promise is kept then."""
     results = {
         name: settled(look, *thresholds(sparse[name]), options, trace)
         for name, look in seen.items()
     }
-    speeds = {name: look.speed for name, look in seen.items()}
-    bound = Bound.of(problem, speeds) if options.limited and seen else None
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         if kept(results, options, bound):
-            return results
+            return results, True
         results = {n: raised(seen[n], found, options, trace) for n, found in results.items()}
-    return results if kept(results, options, bound) else cut(results, options, bound)
+    return results, kept(results, options, bound)
 
 
 def kept(results: Mapping[str, SiteResult], options: Options, bound: Bound | None) -> bool:

@@ -18,7 +18,7 @@ from afbs_compile.timing import Speed
 from afbs_compile.tuner.objective import FULL, u_of_tau
 
 CAP = 0.2
-LENGTH = 1024  # 16 query blocks, so a look sees all of them
+LENGTH = 768  # 12 query blocks, so a look sees all of them
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "sparse_is_faster")
 
 
