@@ -18,8 +18,9 @@ from afbs_compile import logs
 from afbs_compile.calibrate import describe
 from afbs_compile.kernels.dispatch import kernel_of
 from afbs_compile.options import Options, disabled, parse
-from afbs_compile.passes.plan import Plan, hint, plan
+from afbs_compile.passes.plan import Plan, plan
 from afbs_compile.passes.rewrite import Site, rewrite
+from afbs_compile.passes.rules import hint
 from afbs_compile.passes.sites import value
 from afbs_compile.policy import Tuning
 from afbs_compile.report import JOURNAL, SiteReport
@@ -118,7 +119,7 @@ def site_report(site: Site, tuning: Tuning) -> SiteReport:
     known = SiteReport(
         site.name, "dense", "not in the policy", describe(site),
         site.heads, site.kv_heads, site.head_dim, tuning.length,
-        kernel=kernel_of(query.device, query.dtype, site.head_dim),
+        kernel=kernel_of(query.device, query.dtype, site.head_dim, bool(site.data)),
     )  # fmt: skip
     if policy is None:
         return known

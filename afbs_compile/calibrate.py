@@ -202,7 +202,13 @@ def head_policy(result: SiteResult, n: int) -> Head:
 
 
 def describe(site: Site) -> str:
-    """The site's mask in words; a policy fits only a site with the same ones."""
+    """The site's mask in words; a policy fits only a site with the same ones (`source.fits`)."""
+    own = describe_own(site)
+    return f"{own} + {site.data.kind}" if site.data else own
+
+
+def describe_own(site: Site) -> str:
+    """The part of the mask that is the same on every call, in words."""
     mask = mask_at(site, 0, 0)
     if not mask.causal:
         return "full"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from afbs_compile.kernels.data_mask import DataMask, gathered
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.passes.rewrite import Site
 
@@ -27,6 +28,7 @@ class Layer:
         v: `[B, Hkv, Lk, D]`.
         mask: The site's mask with its offset counted from 0.
         scale: Multiplier on q·k.
+        data: The part of the mask that comes with the call.
     """
 
     q: Tensor
@@ -34,6 +36,7 @@ class Layer:
     v: Tensor
     mask: Mask
     scale: float
+    data: DataMask | None = None
 
 
 class Casts:
@@ -135,7 +138,9 @@ def layer_of(interpreter: Interpreter, site: Site) -> Layer:
     if scale is None:
         assert isinstance(site.call.scale, Node)
         scale = float(interpreter.env[site.call.scale])
-    return Layer(q, k, v, mask_at(site, q.shape[2], k.shape[2]), scale)
+    parts = [None if node is None else interpreter.env[node] for node in site.data]
+    lengths = q.shape[2], k.shape[2]
+    return Layer(q, k, v, mask_at(site, *lengths), scale, gathered(parts, lengths))
 
 
 def mask_at(site: Site, length_q: int, length_k: int) -> Mask:
@@ -147,7 +152,7 @@ def mask_at(site: Site, length_q: int, length_k: int) -> Mask:
 
 def remaining_uses(gm: GraphModule, sites: Sequence[Site]) -> dict[Node, list[Node]]:
     """For every node, the values that neither the graph nor a site needs after it."""
-    read = {site.call.node: (site.key, site.value) for site in sites}
+    read = {site.call.node: (site.key, site.value, *filter(None, site.data)) for site in sites}
     last: dict[Node, Node] = {}
     for node in gm.graph.nodes:
         for used in (*node.all_input_nodes, *read.get(node, ())):

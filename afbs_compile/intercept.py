@@ -146,6 +146,8 @@ class Sparse:
         """A pass ends, by an exception or not."""
         if torch.compiler.is_compiling() or root is not self.engine.root():
             return
+        if not self.running.modes:
+            return  # another hook failed before ours began
         mode = self.running.modes.pop()
         if mode is not None:
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]

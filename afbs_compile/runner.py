@@ -142,7 +142,7 @@ class Runner:
         """Check the masks, then look the length bucket up."""
         length = self.shapes.length(call[1])
         for rule in self.rules:
-            if not rule.holds([args[self.place[node]] for node in rule.program.sizes]):
+            if not rule.holds([args[self.place[node]] for node in rule.sizes]):
                 warn(f"a mask changes its form at {length} tokens; such calls run dense")
                 return None
         if length < self.options.min_length:

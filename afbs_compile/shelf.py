@@ -17,7 +17,7 @@ from afbs_compile.policy import Policy, PolicyError, bucket_of
 from afbs_compile.problem import Problem
 from afbs_compile.rulings import Sites
 from afbs_compile.source import LOCK, Unusable, resolve
-from afbs_compile.tracing import Untraceable, trace
+from afbs_compile.tracing import Tracer, Untraceable
 
 
 class Shelf:
@@ -31,6 +31,7 @@ class Shelf:
         self.given: Policy | None = None
         self.known: dict[int, Sites | str | None] = {}  # by bucket; None: not tuned; or why not
         self.tried: set[int | None] = set()
+        self.trace = Tracer(options)
 
     def identify(self) -> tuple[str, ...] | None:
         """The keys of the root's policies, if it was ever traced."""
@@ -87,7 +88,7 @@ class Shelf:
         self.tried.add(bucket)
         with LOCK:
             try:
-                found = trace(root, args, kwargs, self.options)
+                found = self.trace(root, args, kwargs)
             except Untraceable as error:
                 warn(f"{error}. It runs dense; try afbs_compile.tune() on it.")
                 if bucket:

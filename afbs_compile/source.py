@@ -12,6 +12,7 @@ import torch
 from afbs_compile import cache
 from afbs_compile.calibrate import calibrate, describe, finished, tuning
 from afbs_compile.carry import carry, neighbour
+from afbs_compile.kernels.data_mask import KINDS
 from afbs_compile.logs import warn
 from afbs_compile.measurements import begun
 from afbs_compile.options import Options
@@ -192,9 +193,17 @@ def fitting_sites(found: Tuning, sites: Sequence[Site]) -> dict[str, SitePolicy]
 
 
 def fits(policy: SitePolicy, site: Site) -> bool:
-    """Was this policy made for such a site?"""
-    made_for = (len(policy.heads), policy.kv_heads, policy.head_dim, policy.mask)
-    return made_for == (site.heads, site.kv_heads, site.head_dim, describe(site))
+    """Was this policy made for such a site?
+
+    Calls with and without key padding share one: padding shortens texts inside a length bucket.
+    """
+    made_for = (len(policy.heads), policy.kv_heads, policy.head_dim, unpadded(policy.mask))
+    return made_for == (site.heads, site.kv_heads, site.head_dim, unpadded(describe(site)))
+
+
+def unpadded(mask: str) -> str:
+    """A mask's description without key padding."""
+    return mask.replace(f" + {KINDS[0]}", "")
 
 
 def fingerprint(problem: Problem) -> Mapping[str, float | str]:

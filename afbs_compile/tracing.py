@@ -22,22 +22,36 @@ class Untraceable(ValueError):
     """The module cannot be traced on these inputs; the message says why."""
 
 
-def trace(
-    root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], options: Options
-) -> list[tuple[Problem, str]]:
-    """Run `root` once, dense: what can be tuned, with the keys of the weights of its graphs.
+class Tracer:
+    """Traces of one root module; sizes that vary become symbolic, as in a compiled model.
 
-    Raises:
-        Untraceable: The inputs cannot be copied, or the module does not run under Dynamo.
+    Dynamo finds the graphs of earlier traces again, by the recorder, so that no number of lengths
+    meets its recompile limit. The module is not held.
     """
-    recorder = Recorder(options)
-    try:
-        with torch.no_grad(), without_hooks(root):
-            given = copied((tuple(args), dict(kwargs)))
-            torch.compile(root, backend=recorder)(*given[0], **given[1])
-    except (torch._dynamo.exc.TorchDynamoException, TypeError, RuntimeError) as error:
-        raise Untraceable(f"the model cannot be traced: {str(error).splitlines()[0]}") from error
-    return problems(recorder)
+
+    def __init__(self, options: Options) -> None:
+        """Find sites by `options`."""
+        self.recorder = Recorder(options)
+
+    def __call__(
+        self, root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> list[tuple[Problem, str]]:
+        """Run `root` once, dense: what can be tuned, with the keys of the weights of its graphs.
+
+        Raises:
+            Untraceable: The inputs cannot be copied, or the module does not run under Dynamo.
+        """
+        try:
+            with torch.no_grad(), without_hooks(root):
+                given = copied((tuple(args), dict(kwargs)))
+                torch.compile(root, backend=self.recorder)(*given[0], **given[1])
+            return problems(self.recorder)
+        except Exception as error:  # whatever it is: the call itself, dense, will show it or not
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise Untraceable(f"the model cannot be traced: {reason}") from error
+        finally:
+            for graph in self.recorder.graphs:
+                graph.calls = []  # a problem has its own list of them
 
 
 def copied(inputs: Any) -> Any:

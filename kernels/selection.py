@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from afbs_compile.kernels import policy_columns as col
+from afbs_compile.kernels.data_mask import MaskedBlocks
 from afbs_compile.kernels.geometry import Blocks, Mask, head_visible
 from afbs_compile.kernels.lists import from_keep
 from afbs_compile.kernels.scores import block_scores, sink_tokens
@@ -28,6 +29,7 @@ def select(
     block_m: int,
     block_n: int,
     core: Callable[..., Tensor] | None = None,
+    masked: MaskedBlocks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Block lists of one attention call.
 
@@ -41,25 +43,40 @@ def select(
         block_m: Query block, tokens.
         block_n: Key block, tokens.
         core: Runs instead of `scores.sub_scores`, such as a compiled one.
+        masked: The part of the mask that comes with the call, for these blocks.
 
     Returns:
         `counts` int32 `[B, Hq, NQ]` and `indices` int32 `[B, Hq, NQ, NK]` (see `kernels.lists`).
     """
     scores, gated = block_scores(
         q, k, policy, mask=mask, scale=scale, selector=selector,
-        block_m=block_m, block_n=block_n, core=core,
+        block_m=block_m, block_n=block_n, core=core, masked=masked,
     )  # fmt: skip
     qb, kb = Blocks.of(q.shape[2], block_m, q.device), Blocks.of(k.shape[2], block_n, q.device)
     visible = head_visible(mask, policy, qb, kb)
-    forced = forced_blocks(mask, policy, qb, kb, block_n) | gated
+    if masked is not None:
+        visible = visible & masked.some
+    forced = forced_blocks(mask, policy, qb, kb, block_n, masked) | gated
     return from_keep(keep_blocks(scores, forced, visible, policy))
 
 
-def forced_blocks(mask: Mask, policy: Tensor, q: Blocks, k: Blocks, block_n: int) -> Tensor:
-    """Bool `[H, NQ, NK]`: sink, diagonal and neighbours (visibility is not applied here)."""
+def forced_blocks(
+    mask: Mask,
+    policy: Tensor,
+    q: Blocks,
+    k: Blocks,
+    block_n: int,
+    masked: MaskedBlocks | None = None,
+) -> Tensor:
+    """Bool `[H, NQ, NK]`: sink, diagonal and neighbours (visibility is not applied here).
+
+    With `masked` it is `[B', H, NQ, NK]`: the text of each row begins somewhere else.
+    """
     sink = k.first < sink_tokens(policy, block_n)[:, None, None]
+    if masked is not None:
+        sink = k.first - masked.start[..., None] < sink_tokens(policy, block_n)[:, None, None]
     if not mask.causal:
-        return sink.expand(-1, len(q), -1)
+        return sink.expand(*sink.shape[:-2], len(q), -1)
     reach = policy[:, col.NEIGHBOURS].long()[:, None, None] * block_n
     near = k.first + block_n > q.first[:, None] + mask.offset - reach
     return sink | near

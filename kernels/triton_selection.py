@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from afbs_compile.kernels.data_mask import DataMask
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.kernels.launch import aligned, launch
 from afbs_compile.kernels.triton_common import (
@@ -29,6 +30,7 @@ from afbs_compile.kernels.triton_common import (
     on_device,
     site_window,
 )
+from afbs_compile.kernels.triton_mask import shown
 from afbs_compile.kernels.triton_scores import block_scores
 
 TWO_BITS = tl.constexpr(0x40000000)  # the float 2.0 as an integer: above every block score
@@ -74,12 +76,12 @@ def kept_threshold(scores, start, end, target, CHUNK: tl.constexpr):
     return tl.where(target > 0.0, low, TWO_BITS)  # no score is needed to reach 0
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=[*LENGTHS, "stride_b", "stride_h"])
 def pick_kernel(
-    SCORES, Q_SIMILARITY, K_SIMILARITY, POLICY, COUNTS, INDICES, COUNTER,
-    heads, group, length_q, length_k, blocks_q, blocks_k, offset, window,
+    SCORES, Q_SIMILARITY, K_SIMILARITY, POLICY, COUNTS, INDICES, COUNTER, STATES, START,
+    heads, group, length_q, length_k, blocks_q, blocks_k, offset, window, stride_b, stride_h,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
-    CAUSAL: tl.constexpr, GATE: tl.constexpr,
+    CAUSAL: tl.constexpr, GATE: tl.constexpr, DATA: tl.constexpr,
 ):  # fmt: skip
     """The list of one query block: `[lo, sink_end)` and `[near, hi)` forced, the rest by score."""
     row = tl.program_id(0).to(tl.int64)
@@ -101,6 +103,11 @@ def pick_kernel(
         neighbours = tl.load(policy + NEIGHBOURS).to(tl.int32)
         near = tl.maximum(first + offset - neighbours * BLOCK_N, 0) // BLOCK_N
     sink_end = tl.minimum(tl.cdiv(tl.load(policy + SINK).to(tl.int32), BLOCK_N), hi)
+    at = bh // heads * stride_b + bh % heads * stride_h + row % blocks_q
+    if DATA:
+        moved = tl.minimum(sink_end + tl.load(START + at), hi)
+        sink_end = tl.where(mode == WINDOWED, sink_end, moved)
+    states = STATES + at * blocks_k
     own_low = first + offset - tl.load(policy + WINDOW).to(tl.int32) + 1
     near = tl.where(mode == WINDOWED, first_block(own_low, length_k, BLOCK_N), near)
     searching = (mode == SPARSE) & (tau < 1.0)
@@ -117,6 +124,12 @@ def pick_kernel(
     best = -1.0
     best_j = -1
     forced = tl.maximum(sink_end - lo, 0) + tl.maximum(hi - near, 0)
+    if DATA:
+        forced = 0
+        for c in range(lo, hi, CHUNK):
+            j = c + tl.arange(0, CHUNK)
+            visible = tl.load(states + j, j < hi, 0) > 0
+            forced += tl.sum((visible & ((j < sink_end) | (j >= near))).to(tl.int32), 0)
     for c in range(start, end, CHUNK):
         j = c + tl.arange(0, CHUNK)
         s = tl.load(scores + j, j < end, 0.0)
@@ -124,7 +137,10 @@ def pick_kernel(
         best_j = tl.where(tl.max(s, 0) > best, c + tl.argmax(s, 0), best_j)
         best = tl.maximum(best, tl.max(s, 0))
         if GATE:
-            forced += tl.sum((tl.load(similarity + j, j < end, 1.0) < theta).to(tl.int32), 0)
+            gated = tl.load(similarity + j, j < end, 1.0) < theta
+            if DATA:
+                gated &= tl.load(states + j, j < end, 0) > 0
+            forced += tl.sum(gated.to(tl.int32), 0)
     near = tl.where(total - total == 0.0, near, lo)  # scores not finite: stay dense
     threshold = kept_threshold(scores, start, end, tau * total, CHUNK)
 
@@ -136,6 +152,8 @@ def pick_kernel(
         keep |= (s.to(tl.int32, bitcast=True) >= threshold) & (s > 0.0)
         if GATE:
             keep |= tl.load(similarity + j, j < blocks_k, 1.0) < theta
+        if DATA:
+            keep &= tl.load(states + j, j < blocks_k, 0) > 0
         keep = (keep & (j >= lo) & (j < hi)).to(tl.int32)
         before = kept + tl.cumsum(keep, 0) - keep
         # kept blocks fill the list from the front, the others from the back: all in [0, NK)
@@ -155,6 +173,7 @@ def select(
     selector: str,
     block_m: int,
     block_n: int,
+    data: DataMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Block lists of one attention call; no host synchronisation, can be captured in a CUDA graph.
 
@@ -167,6 +186,7 @@ def select(
         selector: `sub8`, `sub4` or `mean`.
         block_m: Query block, tokens; a power of two from 16 on.
         block_n: Key block, tokens; a power of two from 16 on.
+        data: The part of the mask that comes with the call.
 
     Returns:
         `counts` int32 `[B, Hq, NQ]` and `indices` int32 `[B, Hq, NQ, NK]` (see `kernels.lists`).
@@ -175,8 +195,9 @@ def select(
         ValueError: For an unknown selector.
     """
     return select_counted(
-        q, k, policy, mask=mask, scale=scale, selector=selector, block_m=block_m, block_n=block_n
-    )[:2]
+        q, k, policy, mask=mask, scale=scale, selector=selector, block_m=block_m, block_n=block_n,
+        data=data,
+    )[:2]  # fmt: skip
 
 
 def select_counted(
@@ -189,6 +210,7 @@ def select_counted(
     selector: str,
     block_m: int,
     block_n: int,
+    data: DataMask | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`select`, and an int32 of one element, 0, that a persistent kernel may count tiles with."""
     batch, heads, length_q, _ = q.shape
@@ -202,19 +224,25 @@ def select_counted(
     indices = work[start + 4 :].view(batch, heads, blocks_q, blocks_k)
     key = (
         pick_kernel, q.device.index, q.shape, k.shape, mask, selector, block_m, block_n,
-        aligned(policy),
+        aligned(policy), data is not None,
     )  # fmt: skip
+    seen, strides = None, (0, 0)
+    if data is not None:
+        seen = shown(data, mask, q, length_q, length_k, block_m=block_m, block_n=block_n)
+        strides = seen.strides
     with on_device(q):
         scores, q_similarity, k_similarity = block_scores(
             q, k, policy, mask=mask, scale=scale, selector=selector,
-            block_m=block_m, block_n=block_n,
+            block_m=block_m, block_n=block_n, shown=seen,
         )  # fmt: skip
         launch(
             pick_kernel, key, q.device, n,
             (scores, q_similarity, k_similarity, policy, counts, indices, counter,
+             *((policy, policy) if seen is None else seen[:2]),
              heads, heads // k.shape[1], length_q, length_k, blocks_q, blocks_k,
-             mask.offset, site_window(mask)),
+             mask.offset, site_window(mask), *strides),
             BLOCK_M=block_m, BLOCK_N=block_n, CHUNK=CHUNK,
-            CAUSAL=mask.causal, GATE=selector == "mean", num_warps=1, enable_fp_fusion=True,
+            CAUSAL=mask.causal, GATE=selector == "mean", DATA=seen is not None,
+            num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip
     return counts, indices, counter

@@ -1,5 +1,6 @@
 """Policies for the tests of this folder, made from a document that schema 1 must always read."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,3 +34,14 @@ def tuning_factory():
 @pytest.fixture(name="policy")
 def policy_factory():
     return policy
+
+
+@pytest.fixture
+def always_faster(monkeypatch):
+    """Small problems are not worth their selection; say that they are, to whoever asks."""
+    from afbs_compile import looks, source, timing  # noqa: F401  whoever asks is loaded
+
+    real, speed = timing.measure, timing.Speed(dense=1.0, fixed=0.0, per_density=0.5)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("afbs_compile.") and getattr(module, "measure", None) is real:
+            monkeypatch.setattr(module, "measure", lambda *_: speed)

@@ -4,26 +4,22 @@ import pytest
 import torch
 
 import afbs_compile
-from afbs_compile import calibrate, carry
 from afbs_compile.logs import AfbsWarning
 from afbs_compile.report import JOURNAL
-from afbs_compile.timing import Speed
 
 diffusers = pytest.importorskip("diffusers")
 
 OPTIONS = {"min_length": 128, "max_error": 0.3}
 TEXT = 24
 pytestmark = [
-    pytest.mark.usefixtures("fresh_dynamo", "clean"),
+    pytest.mark.usefixtures("fresh_dynamo", "always_faster", "clean"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
 
 @pytest.fixture
-def clean(monkeypatch):
+def clean():
     JOURNAL.clear()
-    for module in (calibrate, carry):
-        monkeypatch.setattr(module, "measure", lambda *_: Speed(1.0, 0.0, 0.5))
     yield
     JOURNAL.clear()
 
@@ -75,6 +71,7 @@ def run(model, inputs):
         return model(**inputs, return_dict=False)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [flux, sd3, wan])
 def test_every_attention_of_a_denoiser_is_sparse(make):
     from afbs_compile.integrations import diffusers as integration

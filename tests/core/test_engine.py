@@ -1,8 +1,10 @@
 """Models that run without `torch.compile`: the compile path's policies, sites and results."""
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -11,16 +13,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import afbs_compile
-from afbs_compile import aliases, backend, cache, calibrate, carry, engine, rulings, shelf
+from afbs_compile import aliases, backend, cache, engine, rulings, shelf
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.logs import AfbsWarning
 from afbs_compile.policy import bucket_of
 from afbs_compile.report import JOURNAL
-from afbs_compile.timing import Speed
 
 LENGTH = 512
 OPTIONS = {"min_length": 128, "max_error": 0.3}
-pytestmark = pytest.mark.usefixtures("fresh_dynamo", "clean")
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "always_faster", "clean")
 
 
 class Attention(nn.Module):
@@ -64,11 +65,9 @@ def tokens(length=LENGTH, seed=0):
 
 @pytest.fixture
 def clean(monkeypatch):
-    """No journal, no Inductor, and sparse is always faster."""
+    """No journal, no Inductor."""
     JOURNAL.clear()
     monkeypatch.setattr(backend, "inductor", lambda gm, inputs, options: gm.forward)
-    for module in (calibrate, carry):
-        monkeypatch.setattr(module, "measure", lambda *_: Speed(1.0, 0.0, 0.5))
     yield
     JOURNAL.clear()
 
@@ -99,7 +98,7 @@ def taus(policy, tau):
     return replace(policy, tunings=tuple(tunings))
 
 
-@pytest.mark.parametrize("first", ["eager", "compiled"])
+@pytest.mark.parametrize("first", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_one_policy_serves_both_paths(first):
     model, x = Model(), tokens()
     dense = run(model, x)
@@ -124,15 +123,16 @@ def test_a_later_start_finds_the_policy_without_a_trace(monkeypatch):
     model, x = Model(), tokens()
     with afbs_compile.sparse(model, **OPTIONS):
         tuned = run(model, x)
-    monkeypatch.setattr(shelf, "trace", None)
+    monkeypatch.setattr(shelf, "Tracer", lambda options: None)
     with afbs_compile.sparse(model, **OPTIONS):
         assert torch.equal(run(model, x), tuned)
 
 
+@pytest.mark.slow
 def test_ahead_of_time_tuning_is_found_without_a_trace(monkeypatch):
     model, x = Model(), tokens()
     afbs_compile.tune(model, [x], **OPTIONS)
-    monkeypatch.setattr(shelf, "trace", None)
+    monkeypatch.setattr(shelf, "Tracer", lambda options: None)
     with afbs_compile.sparse(model, **OPTIONS):
         run(model, x)
     assert len(rewritten()) == 3
@@ -149,6 +149,7 @@ def test_everything_kept_is_dense_and_policies_are_swapped():
         assert torch.equal(run(model, x), tuned)
 
 
+@pytest.mark.slow
 def test_a_policy_file_is_used_as_it_is(tmp_path):
     model, x = Model(), tokens()
     dense = run(model, x)
@@ -165,6 +166,7 @@ def test_a_policy_file_is_used_as_it_is(tmp_path):
     assert set(afbs_compile.explain().reasons) == {"the policy file is of another model"}
 
 
+@pytest.mark.slow
 def test_a_new_length_is_tuned_at_its_second_call_and_short_ones_are_dense():
     model = Model()
     with afbs_compile.sparse(model, **OPTIONS):
@@ -180,6 +182,31 @@ def test_a_new_length_is_tuned_at_its_second_call_and_short_ones_are_dense():
         run(model, tokens(200))
     assert [t.bucket for t in only_policy().tunings] == [bucket_of(200), bucket_of(512)]
     assert len(rewritten()) == 3
+
+
+@pytest.mark.slow
+@torch._dynamo.config.patch(recompile_limit=3)
+def test_many_lengths_never_meet_the_recompile_limit():
+    model, lengths = Model(), (160, 200, 260, 330, 400)
+    assert len({bucket_of(n) for n in lengths}) == len(lengths)
+    with afbs_compile.sparse(model, **OPTIONS):
+        for length in lengths:
+            run(model, tokens(length))
+            run(model, tokens(length))
+            JOURNAL.clear()
+            run(model, tokens(length))
+            assert len(rewritten()) == 3
+
+
+def test_a_watched_model_can_be_collected():
+    model = Model()
+    afbs_compile.sparse(model, **OPTIONS)
+    run(model, tokens())
+    gone = weakref.ref(model)
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert gone() is None
 
 
 def test_masks_and_gradients_stay_sdpas():
@@ -219,6 +246,7 @@ class Data(nn.Module):
         return self.attention(x)
 
 
+@pytest.mark.slow
 def test_graph_breaks_do_not_matter():
     model, x = Data(), tokens()
     dense = run(model, x)
@@ -258,6 +286,7 @@ def test_copies_and_pickles_of_a_watched_model_are_plain():
         assert torch.equal(run(model, x), tuned)
 
 
+@pytest.mark.slow
 def test_other_models_are_not_touched():
     model, other, x = Model(), Model(seed=1), tokens()
     dense = run(other, x)

@@ -47,7 +47,14 @@ def last():
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("sizes", [{}, {"length": 257, "keys": 411}, {"kv_heads": 4, "batch": 1}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        pytest.param({"length": 257, "keys": 411}, marks=pytest.mark.slow),
+        pytest.param({"kv_heads": 4, "batch": 1}, marks=pytest.mark.slow),
+    ],
+)
 def test_everything_kept_is_sdpa(causal, sizes):
     q, k, v = tensors(**sizes)
     keywords = {"is_causal": causal, "enable_gqa": True, "scale": 0.3}

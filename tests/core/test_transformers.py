@@ -6,11 +6,10 @@ import pytest
 import torch
 
 import afbs_compile
-from afbs_compile import backend, cache, calibrate, carry, shelf
+from afbs_compile import backend, cache, shelf
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.passes.masks import as_tensor
 from afbs_compile.report import JOURNAL
-from afbs_compile.timing import Speed
 
 transformers = pytest.importorskip("transformers")
 hf = pytest.importorskip("afbs_compile.integrations.transformers")
@@ -23,16 +22,14 @@ SIZES = {
     "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
     "max_position_embeddings": 2048,
 }  # fmt: skip
-pytestmark = pytest.mark.usefixtures("fresh_dynamo", "clean")
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "always_faster", "clean")
 
 
 @pytest.fixture
 def clean(monkeypatch):
-    """No journal, no Inductor, and sparse is always faster."""
+    """No journal, no Inductor."""
     JOURNAL.clear()
     monkeypatch.setattr(backend, "inductor", lambda gm, inputs, options: gm.forward)
-    for module in (calibrate, carry):
-        monkeypatch.setattr(module, "measure", lambda *_: Speed(1.0, 0.0, 0.5))
     yield
     JOURNAL.clear()
 
@@ -92,7 +89,7 @@ def test_one_policy_serves_attn_implementation_and_compile():
 def test_the_name_alone_finds_a_policy_made_ahead_of_time(monkeypatch):
     model, x = model_of(), ids()
     afbs_compile.tune(model, [{"input_ids": x}], **OPTIONS)
-    monkeypatch.setattr(shelf, "trace", None)
+    monkeypatch.setattr(shelf, "Tracer", lambda options: None)
     hf.register(**OPTIONS)
     model.set_attn_implementation("afbs")
     dense = logits(model_of(), x)
@@ -101,6 +98,7 @@ def test_the_name_alone_finds_a_policy_made_ahead_of_time(monkeypatch):
     hf.disable(model)
 
 
+@pytest.mark.slow
 def test_the_name_alone_tunes_at_the_second_call_of_a_length():
     model, x = model_of(), ids()
     hf.register(**OPTIONS)
@@ -129,6 +127,7 @@ def test_generate_prefills_sparse_and_decodes_dense():
     assert not [r for r in afbs_compile.explain().reasons if "not tuned" not in r]
 
 
+@pytest.mark.slow
 def test_chunked_prefill_is_exact_and_sparse():
     model = model_of()
     x = ids(900)
@@ -150,6 +149,7 @@ def test_chunked_prefill_is_exact_and_sparse():
     hf.disable(model)
 
 
+@pytest.mark.slow
 def test_a_sliding_window_needs_no_mask_tensor(monkeypatch):
     model, x = model_of("Mistral", sliding_window=200), ids(600)
     dense = logits(model, x)
@@ -180,6 +180,7 @@ def test_padding_and_gradients_stay_sdpas():
     hf.disable(model)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_with_the_name_is_the_compile_paths():
     model, x = model_of(), ids()
     hf.enable(model, **OPTIONS)
