@@ -154,7 +154,7 @@ def mask_at(site: Site, length_q: int, length_k: int) -> Mask:
     return Mask(True, site.mask.offset + length_k - length_q, site.mask.window)
 
 
-def remaining_uses(gm: GraphModule, sites: Sequence[Site]) -> dict[Node, list[Node]]:
+def remaining_uses(gm: GraphModule, sites: Sequence[Site] = ()) -> dict[Node, list[Node]]:
     """For every node, the values that neither the graph nor a site needs after it."""
     read = {site.call.node: (site.key, site.value, *filter(None, site.data)) for site in sites}
     last: dict[Node, Node] = {}
