@@ -1,8 +1,8 @@
 """Block-sparse attention that tunes itself: `torch.compile(model, backend="afbs")`.
 
-`tune` makes a policy ahead of time, `use_policy` puts another one into running models, `explain`
-tells what became of every attention call. `attention` is the same engine with SDPA's signature,
-`sparse` the same for a model that is not compiled.
+`tune` makes a policy ahead of time, `hybridize` one with sliding-window heads, `use_policy` puts
+another one into running models, `explain` tells what became of every attention call. `attention`
+is the same engine with SDPA's signature, `sparse` the same for a model that is not compiled.
 Importing this package loads neither torch nor triton.
 """
 
@@ -13,19 +13,30 @@ if TYPE_CHECKING:
     from afbs_compile.ahead import tune
     from afbs_compile.functional import attention
     from afbs_compile.hybrid_cache import HybridCache
+    from afbs_compile.hybridizing import hybridize
     from afbs_compile.intercept import sparse
     from afbs_compile.policy import Policy
     from afbs_compile.report import explain
     from afbs_compile.runner import use_policy
 
 __version__ = "0.1.0"
-__all__ = ["HybridCache", "Policy", "attention", "explain", "sparse", "tune", "use_policy"]
+__all__ = [
+    "HybridCache",
+    "Policy",
+    "attention",
+    "explain",
+    "hybridize",
+    "sparse",
+    "tune",
+    "use_policy",
+]
 
 HOMES = {
     "HybridCache": "afbs_compile.hybrid_cache",
     "Policy": "afbs_compile.policy",
     "attention": "afbs_compile.functional",
     "explain": "afbs_compile.report",
+    "hybridize": "afbs_compile.hybridizing",
     "sparse": "afbs_compile.intercept",
     "tune": "afbs_compile.ahead",
     "use_policy": "afbs_compile.runner",

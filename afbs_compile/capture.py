@@ -5,6 +5,7 @@ tensors are alive. Asking for an earlier site starts a new pass, so a search tha
 in order costs one forward pass a phase.
 """
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from afbs_compile.kernels.data_mask import DataMask, gathered
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.passes.rewrite import Site
+
+OF_A_KEYWORD = (operator.and_, operator.or_, operator.not_, operator.is_)  # these write nothing
+WRITING = ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +147,12 @@ def is_weight(x: Tensor) -> bool:
 def written(node: Node) -> bool:
     """Does a user of the node change it in place (`x.add_()`, `x[...] = y`, `x += y`)?"""
     for user in node.users:
+        if user.target in OF_A_KEYWORD:
+            continue
         name = (
             user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
         )
         in_place = name.endswith("_") and not name.endswith("__")
-        if (in_place or name in ("setitem", "iadd", "imul", "isub")) and user.args[:1] == (node,):
+        if (in_place or name in WRITING) and user.args[:1] == (node,):
             return True
     return False

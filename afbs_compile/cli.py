@@ -15,6 +15,10 @@ from afbs_compile.commands.balance_options import add_balance_options
 from afbs_compile.commands.coverage_options import add_coverage_options, add_fuzz_options
 from afbs_compile.commands.decode_options import add_decode_options
 from afbs_compile.commands.errors import CommandError
+from afbs_compile.commands.hybrid_options import (
+    add_bench_hybrid_options,
+    add_hybridize_options,
+)
 from afbs_compile.commands.quality_options import add_quality_options, add_retrieval_options
 from afbs_compile.commands.tuner_options import add_tuner_options
 from afbs_compile.options import (
@@ -66,6 +70,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_demo(commands.add_parser("demo", help="make a real language model sparse, and measure it"))
     add_tune(commands.add_parser("tune", help="tune a local model ahead of time"))
+    add_hybridize(
+        commands.add_parser("hybridize", help="find the heads that can live with a window")
+    )
     add_show(commands.add_parser("show", help="show a policy by site and head"))
     add_cache(commands.add_parser("cache", help="list, check and delete stored policies"))
     add_bench(commands.add_parser("bench", help="measure kernels, quality and search strategies"))
@@ -142,6 +149,12 @@ def add_tune(command: argparse.ArgumentParser) -> None:
     add_tuning(command)
 
 
+def add_hybridize(command: argparse.ArgumentParser) -> None:
+    """`afbs hybridize`."""
+    add_hybridize_options(command)
+    add_json(command)
+
+
 def add_show(command: argparse.ArgumentParser) -> None:
     """`afbs show`."""
     command.add_argument(
@@ -182,6 +195,7 @@ def add_bench(command: argparse.ArgumentParser) -> None:
         ("attention", "the kernels of a GPU against their rivals", add_bench_options),
         ("tuner", "search strategies side by side on a language model", add_tuner_options),
         ("quality", "perplexity and KL of a language model by setting", add_quality_options),
+        ("hybrid", "ways to choose sliding-window heads side by side", add_bench_hybrid_options),
         ("retrieval", "what a language model still finds by setting", add_retrieval_options),
         ("balance", "balanced training on simulated clusters", add_balance_options),
         ("coverage", "many models run in many ways: rewritten, and right?", add_coverage_options),

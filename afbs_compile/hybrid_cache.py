@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from afbs_compile import hybrid_store, policy_tensor
+from afbs_compile import hybrid_store
 from afbs_compile.hybrid_attention import Arriving
 from afbs_compile.hybrid_layout import Layout, kept_by_group, layout, sites_by_layer, tuning_for
+from afbs_compile.hybrid_prefill import Rules, rules
 from afbs_compile.policy import Policy, Site
 
 
@@ -23,7 +24,7 @@ class HybridLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     Attributes:
         layout: Which head keeps what.
-        policy: float32 `[Hq, COLUMNS]` for the prefill of a long prompt, or None: dense.
+        rules: How a long prompt attends, or None: dense.
         keys, values: `[max_batch, rows, D]`.
         lengths: int32 `[max_batch]`, tokens of a sequence without its padding.
         cumulative_length: int64 scalar, tokens of all sequences with their padding.
@@ -38,17 +39,9 @@ class HybridLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_sliding = False
     is_croppable = False
 
-    def __init__(
-        self,
-        layout: Layout,
-        max_batch: int,
-        policy: Tensor | None = None,
-        selector: str = "sub8",
-        min_length: int = 2048,
-    ) -> None:
+    def __init__(self, layout: Layout, max_batch: int, rules: Rules | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.layout, self.max_batch = layout, max_batch
-        self.policy, self.selector, self.min_length = policy, selector, min_length
+        self.layout, self.max_batch, self.rules = layout, max_batch, rules
         self.cumulative_length = torch.tensor(0, dtype=torch.long)
         self.filled = False
 
@@ -188,9 +181,8 @@ class HybridCache(Cache):
         text = config.get_text_config(decoder=True)
         refuse(text)
         tuning = tuning_for(policy, max_len)
-        selector = str(tuning.options.get("selector", "sub8"))
         layers = [
-            HybridLayer(plan(site, text, max_len), max_batch, rows(site), selector, min_length)
+            HybridLayer(plan(site, text, max_len), max_batch, rules(site, tuning, min_length))
             for site in sites_by_layer(tuning, text.num_hidden_layers)
         ]
         cache = HybridCache(layers)
@@ -231,10 +223,3 @@ def plan(site: Site | None, config: Any, longest: int) -> Layout:
             f"{config.num_attention_heads} over {count}: the policy is another model's"
         )
     return layout(kept_by_group(site), longest)
-
-
-def rows(site: Site | None) -> Tensor | None:
-    """The policy tensor of a site, or None if it is dense."""
-    if site is None or site.decision == "dense":
-        return None
-    return policy_tensor.to_tensor(site)

@@ -98,17 +98,27 @@ def layout(kept: Sequence[tuple[int, int] | None], longest: int) -> Layout:
 
 
 def tuning_for(policy: Policy, longest: int) -> Tuning:
-    """The tuning whose bucket is that of `longest`, else the one of the longest bucket.
+    """The tuning that a cache for `longest` tokens follows.
+
+    One with windows if there is any; of those the one for the bucket of `longest`, else the one of
+    the longest bucket.
 
     Raises:
         ValueError: The policy has no tuning.
     """
-    found = policy.find_any(bucket_of(longest))
-    if found is None and policy.tunings:
-        found = policy.find_any(max(tuning.bucket for tuning in policy.tunings))
-    if found is None:
+    if not policy.tunings:
         raise ValueError(f"the policy of {policy.model_name or policy.model} holds no tuning")
-    return found
+    here = bucket_of(longest)
+    return max(
+        policy.tunings,
+        key=lambda t: (windowed(t), t.bucket == here, t.bucket, t.complete, t.created),
+    )
+
+
+def windowed(tuning: Tuning) -> bool:
+    """Whether any head has a window."""
+    sites = (site for site in tuning.sites.values() if site.decision != "dense")
+    return any(head.mode == "window" for site in sites for head in site.heads)
 
 
 def sites_by_layer(tuning: Tuning, layers: int) -> list[Site | None]:

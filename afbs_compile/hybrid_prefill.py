@@ -1,21 +1,69 @@
 """How does a prompt attend when some heads have windows? Several queries over a hybrid cache.
 
-A first chunk of `min_length` tokens or more runs in one launch of `afbs::attention`, where
-windowed, sparse and dense heads stand side by side. Padding needs no mask there: every sequence is
-turned so that it begins with its first real token, and what comes behind its last one is causally
-invisible. Short prompts and later chunks run as SDPA with a mask, head group by head group.
+The first tokens need no mask for padding: every sequence is turned so that it begins with its
+first real token, and what comes behind its last one is causally invisible. From `min_length`
+tokens on they run in one launch of `afbs::attention`, where windowed, sparse and dense heads stand
+side by side; short prompts with windows, and later chunks, run as SDPA with a mask.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from afbs_compile import policy_tensor
 from afbs_compile.hybrid_layout import Span
 from afbs_compile.hybrid_store import tokens_held, view
 from afbs_compile.kernels import op  # noqa: F401  registers afbs::attention
 from afbs_compile.kernels.dispatch import unsupported
+from afbs_compile.policy import Site, Tuning
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How the heads of a layer attend to a long prompt.
+
+    Attributes:
+        tuned: float32 `[Hq, COLUMNS]`, as the policy says.
+        windows: The same with sparse heads dense, for lengths that were not tuned.
+        length: Tokens that the policy was tuned at.
+        selector: How blocks are scored.
+        compensation: What stands for a block that is left out.
+        min_length: Shorter prompts are dense inside their windows.
+    """
+
+    tuned: Tensor
+    windows: Tensor
+    length: int
+    selector: str
+    compensation: str
+    min_length: int
+
+    def at(self, count: int) -> Tensor:
+        """The policy for a prompt of `count` tokens; thresholds err less below their length."""
+        return self.tuned if count <= self.length < 2 * count else self.windows
+
+    def to(self, device: torch.device) -> "Rules":
+        """The same on another device."""
+        return replace(self, tuned=self.tuned.to(device), windows=self.windows.to(device))
+
+
+def rules(site: Site | None, tuning: Tuning, min_length: int) -> Rules | None:
+    """The rules of a layer, or None if all of its heads are dense."""
+    if site is None or site.decision == "dense" or all(h.mode == "dense" for h in site.heads):
+        return None
+    heads = [replace(h, mode="dense") if h.mode == "sparse" else h for h in site.heads]
+    selector, compensation = (
+        str(tuning.options.get(name, default))
+        for name, default in (("selector", "sub8"), ("compensation", "none"))
+    )
+    return Rules(
+        policy_tensor.to_tensor(site), policy_tensor.rows(heads), tuning.length, selector,
+        compensation, min_length,
+    )  # fmt: skip
 
 
 def prefill(
@@ -34,40 +82,57 @@ def prefill(
     Returns:
         `[B, Hq, n, D]`; what it holds for padding is finite and means nothing.
     """
-    count = q.shape[2]
-    if layer.filled:
-        return masked(layer, q, k, v, fresh, scale)
-    if one_launch(layer, q):
-        return turned(layer, q, k, v, fresh, scale)
-    if fresh is None and not any(span.cuts(count) for span in layer.layout.spans):
-        return sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    if not layer.filled:
+        if one_launch(layer, q):
+            return turned(selected, layer, q, k, v, fresh, scale)
+        if not any(span.cuts(q.shape[2]) for span in layer.layout.spans):
+            return turned(causal, layer, q, k, v, fresh, scale)
     return masked(layer, q, k, v, fresh, scale)
 
 
 def one_launch(layer: Any, q: Tensor) -> bool:
-    """Whether a first chunk runs through `afbs::attention`."""
-    if layer.policy is None or q.shape[2] < layer.min_length:
+    """Whether the first tokens run through `afbs::attention`."""
+    count = q.shape[2]
+    if layer.rules is None or count < layer.rules.min_length:
         return False
+    untuned = layer.rules.at(count) is layer.rules.windows
+    if untuned and not any(span.cuts(count) for span in layer.layout.spans):
+        return False  # dense heads alone: SDPA is faster
     return unsupported(q.device.type, q.dtype, q.shape[3]) is None
 
 
-def turned(
-    layer: Any, q: Tensor, k: Tensor, v: Tensor, fresh: Tensor | None, scale: float
-) -> Tensor:
-    """A first chunk through `afbs::attention`, every sequence without its padding in front."""
-    where = None
-    if fresh is not None:
-        count = q.shape[2]
-        place = torch.arange(count, device=q.device)
-        pads = count - fresh.long()[:, None]
-        where = (place - pads) % count
-        there = (place + pads) % count
-        q, k, v = (along(x, there) for x in (q, k, v))
-    # the site is causal and long enough: a window is the head's own, so is what is left out
+def selected(layer: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention as the layer's rules say."""
+    rules = layer.rules
+    # min_length 0: what is dense without a window is not what was asked for
     out: Tensor = torch.ops.afbs.attention(
-        q, k, v, layer.policy, True, 0, 0, scale, layer.selector, 0
+        q, k, v, rules.at(q.shape[2]), True, 0, 0, scale, rules.selector, 0, rules.compensation
     )
-    return out if where is None else along(out, where)
+    return out
+
+
+def causal(layer: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention over everything."""
+    return sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def turned(
+    attend: Callable[..., Tensor],
+    layer: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fresh: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Causal attention `attend` of every sequence without the padding in front of it."""
+    if fresh is None:
+        return attend(layer, q, k, v, scale)
+    count = q.shape[2]
+    place, pads = torch.arange(count, device=q.device), count - fresh.long()[:, None]
+    there = (place + pads) % count
+    out = attend(layer, along(q, there), along(k, there), along(v, there), scale)
+    return along(out, (place - pads) % count)
 
 
 def along(x: Tensor, tokens: Tensor) -> Tensor:
@@ -95,9 +160,10 @@ def masked(
         seen = visible(span, new, tokens)[:, None]
         group = q.shape[1] // layer.layout.kv_heads
         mine = torch.unflatten(q, 1, (-1, group))
-        mine = (mine if alone else mine[:, members]).flatten(1, 2)
-        out = sdpa(mine, keys, values, seen, scale=scale, enable_gqa=group > 1)
-        results.append(torch.unflatten(out, 1, (-1, group)))
+        mine = mine if alone else mine[:, members]
+        # a mask and grouped heads together would make a GPU write all scores down
+        parts = [sdpa(part, keys, values, seen, scale=scale) for part in mine.unbind(2)]
+        results.append(torch.stack(parts, 2))
     if len(results) == 1:
         return results[0].flatten(1, 2)
     back = torch.argsort(torch.cat(layer.members))

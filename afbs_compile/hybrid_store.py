@@ -25,11 +25,10 @@ def allocate(layer: Any, key_states: Tensor, value_states: Tensor) -> None:
     layer.lengths = torch.zeros(layer.max_batch, dtype=torch.int32, device=device)
     layer.cumulative_length = layer.cumulative_length.to(device)
     columns = torch.tensor(layer.layout.columns(), dtype=torch.int32, device=device)
-    layer.bases, layer.slots, layer.windows, layer.sinks = columns.unbind()
-    layer.bases, layer.slots = layer.bases.clone(), layer.slots.clone()
+    layer.bases, layer.slots, layer.windows, layer.sinks = (x.clone() for x in columns)
     layer.members = [torch.tensor(span.heads, device=device) for span in layer.layout.spans]
-    if layer.policy is not None:
-        layer.policy = layer.policy.to(device)
+    if layer.rules is not None:
+        layer.rules = layer.rules.to(device)
     multiprocessors = 1
     if device.type == "cuda":
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -39,8 +38,9 @@ def allocate(layer: Any, key_states: Tensor, value_states: Tensor) -> None:
     work = decode.shares(layer.layout.columns()[1], layer.splits)
     layer.work = torch.tensor(work, dtype=torch.int32, device=device)
     if not torch.compiler.is_compiling():  # CUDA graphs copy what may move
-        for name in ("keys", "values", "lengths", "cumulative_length"):
-            torch._dynamo.mark_static_address(getattr(layer, name))
+        tensors = [x for x in vars(layer).values() if isinstance(x, Tensor)]
+        for x in (*tensors, *layer.members):
+            torch._dynamo.mark_static_address(x)
 
 
 def put_one(layer: Any, k: Tensor, v: Tensor) -> None:

@@ -164,6 +164,14 @@ class Tuning:
         return mean_known(known)
 
     @property
+    def holds_at_any_length(self) -> bool:
+        """Are heads windowed, and none sparse? Thresholds belong to a length, windows do not."""
+        acting = [site for site in self.sites.values() if site.decision == "sparse"]
+        return {head.mode for site in acting for head in site.heads} in (
+            {"window"}, {"window", "dense"},
+        )  # fmt: skip
+
+    @property
     def errors(self) -> list[float]:
         """The measured error of every head that runs sparse."""
         sparse = [site for site in self.sites.values() if site.decision == "sparse"]

@@ -86,6 +86,7 @@ def read_given(options: Options, key: str) -> Policy:
 def from_given(policy: Policy, problem: Problem, key: str) -> Tuning:
     """The tuning of a given policy for the problem's length; sites it lacks stay dense."""
     found = policy.find_any(bucket_of(problem.length)) or policy.find_longer(problem.length)
+    found = found or next((t for t in policy.tunings if t.holds_at_any_length), None)
     if found is None:
         have = ", ".join(str(t.bucket) for t in policy.tunings) or "none"
         raise Unusable(f"the policy has no tuning for {problem.length} tokens (buckets: {have})")

@@ -17,10 +17,10 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from afbs_compile.bench import harness, recall, subject
+from afbs_compile import recall
+from afbs_compile.bench import harness, subject
 from afbs_compile.bench.divergence import divergence
 from afbs_compile.bench.ledger import Ledger, Row
-from afbs_compile.bench.recall import TASKS, Problem
 from afbs_compile.bench.settings import Setting
 from afbs_compile.bench.subject import Subject
 from afbs_compile.bench.variants import Thresholds
@@ -29,6 +29,7 @@ from afbs_compile.commands.errors import CommandError
 from afbs_compile.commands.output import console, number
 from afbs_compile.commands.quality_options import add_retrieval_options
 from afbs_compile.progress import Progress
+from afbs_compile.recall import TASKS, Problem
 
 KEY = ("model", "dtype", "text", "tokens", "setting", "calibration", "window", "task", "depth")
 DEFAULTS = ("dense", "sub8@.95,.9,.8", "mean-n0@.95,.9,.8", "max_error=.05,.1,.2")
@@ -99,7 +100,8 @@ def measured(
     ledger: Ledger,
 ) -> Iterator[Row]:
     """The rows that are missing of one window of filler."""
-    for problem in recall.problems(tasks, found.model.tokens, text, length, window):
+    filler = text.tokens[window * length : (window + 1) * length]
+    for problem in recall.problems(tasks, found.model.tokens, filler, window):
         about = text, length, window, problem.task, problem.depth
         rows = {s.name: slot(found, s, *about) for s in found.settings if s.name in known}
         left = {name: row for name, row in rows.items() if not ledger.has(row)}

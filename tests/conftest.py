@@ -13,6 +13,7 @@ if not torch.cuda.is_available():  # read when triton is imported, whoever impor
 
 from hypothesis import HealthCheck, settings
 
+from afbs_compile.kernels import dispatch, flex, reference
 from afbs_compile.kernels import policy_columns as col
 
 SLOW_START = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
@@ -89,6 +90,23 @@ def fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """The kernels' oracles in their places: nothing to compile."""
+    monkeypatch.setattr(flex, "forward", oracle)
+    monkeypatch.setattr(dispatch, "fused_scores", lambda *_: None)
+
+
+def oracle(*args, beside, **keywords):
+    o, lse = reference.forward(*args, **keywords)
+    if beside is None:
+        return o
+    total = torch.logaddexp(lse, beside[1])
+    return (
+        o * torch.exp(lse - total)[..., None] + beside[0] * torch.exp(beside[1] - total)[..., None]
+    )
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ def run(args: Namespace) -> int:
     kinds = {
         "attention": attention, "tuner": tuner, "quality": quality, "retrieval": retrieval,
         "coverage": coverage, "fuzz": fuzz, "balance": balance, "decode": decode,
+        "hybrid": hybrid,
     }  # fmt: skip
     return kinds[args.what](args)
 
@@ -109,4 +110,16 @@ def decode(args: Namespace) -> int:
         emit_json(document)
     else:
         decode_show.show(document)
+    return 0
+
+
+def hybrid(args: Namespace) -> int:
+    """Ways to choose sliding-window heads side by side."""
+    from afbs_compile.bench import hybrid, hybrid_show
+
+    document = hybrid.run(args, args.output)
+    if args.json:
+        emit_json(document)
+    else:
+        hybrid_show.show(document)
     return 0

@@ -6,14 +6,13 @@ from argparse import Namespace
 import pytest
 import torch
 
-from afbs_compile import cli
-from afbs_compile.bench import recall, retrieval, settings, tuned
+from afbs_compile import cli, recall
+from afbs_compile.bench import retrieval, settings, tuned
 from afbs_compile.bench.tuned import Calibration
 from afbs_compile.bench.variants import Thresholds, Variants
 from afbs_compile.bench.windows import Text
 from afbs_compile.commands.errors import CommandError
 from afbs_compile.demo import model as models
-from afbs_compile.kernels import dispatch, flex, reference
 from afbs_compile.policy import Head
 
 LENGTH = 512  # 8 blocks of 64
@@ -22,23 +21,6 @@ pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo", "uncompiled"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="the processor's path"),
 ]
-
-
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """The kernels' oracles in their places: nothing to compile."""
-    monkeypatch.setattr(flex, "forward", oracle)
-    monkeypatch.setattr(dispatch, "fused_scores", lambda *_: None)
-
-
-def oracle(*args, beside, **keywords):
-    o, lse = reference.forward(*args, **keywords)
-    if beside is None:
-        return o
-    total = torch.logaddexp(lse, beside[1])
-    return (
-        o * torch.exp(lse - total)[..., None] + beside[0] * torch.exp(beside[1] - total)[..., None]
-    )
 
 
 @pytest.fixture

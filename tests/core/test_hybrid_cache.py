@@ -23,6 +23,7 @@ from transformers import (
 import afbs_compile
 from afbs_compile import hybrid_prefill
 from afbs_compile.hybrid_cache import HybridCache
+from afbs_compile.kernels import policy_columns as columns
 from afbs_compile.policy import Head, Policy, Site, Tuning, bucket_of
 
 KINDS = [(1, 1), (2, 1), (2, 2), (3, 2)]  # KV heads, query heads of each
@@ -124,7 +125,7 @@ def check(kind, kept, lengths, chunks, longest, atol=1e-5, dim=16, other=None, *
     net = model(kv_heads, group, len(kept), dim)
     ids, mask = inputs(lengths, sum(chunks))
     cache = HybridCache.from_policy(
-        policy(kept, group, other=other), net.config, len(lengths) + 1, longest, **options
+        policy(kept, group, longest, other), net.config, len(lengths) + 1, longest, **options
     )
     ours, real = found(net, cache, ids, mask, chunks), mask.bool()
     torch.testing.assert_close(ours[real], wanted(net, kept, ids, mask)[real], rtol=0, atol=atol)
@@ -159,6 +160,8 @@ def sessions(draw):
 @example(((2, 2), [[(4, 2), None], [(4, 2), (4, 2)]], [7, 6, 5], [5, 1, 1], 7))
 @example(((2, 2), [[(4, 2), (4, 2)], [(1, 0), (1, 0)]], [12, 2, 1], [5, 5, 1, 1], 12))
 @example(((2, 1), [[(8, 4), None], [None, (3, 9)]], [3, 2], [2, 1], 40))  # all shorter than sinks
+@example(((2, 2), [[(6, 3), None]] * 2, [12, 9], [8, 4], 20))  # a ring that is not full yet
+@example(((2, 2), [[(2, 0), None]] * 2, [4, 3], [1, 3], 6))  # a chunk of padding alone
 @settings(max_examples=20)
 def test_any_session(session):
     check(*session)
@@ -255,6 +258,26 @@ def test_decoding_compiles_once(backend):
     torch.testing.assert_close(
         torch.cat(ours, 1), wanted(net, kept, ids, mask)[:, 20:], rtol=0, atol=1e-5
     )
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_compiled_prompt_in_chunks():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    kept = [[(4, 2), None]]
+    net = model(2, 2, layers=1)
+    ids, mask = inputs([31, 31], 31)
+    cache = HybridCache.from_policy(
+        policy(kept, 2), net.config, 2, 40, dtype=torch.float32, device="cpu"
+    )
+    net.set_attn_implementation("afbs-hybrid")
+    counter = CompileCounterWithBackend("aot_eager")
+    step, ours = torch.compile(net, fullgraph=True, backend=counter), []
+    for start, end in itertools.pairwise([0, 20, 27, 28, 29, 30, 31]):
+        ours.append(step(ids[:, start:end], past_key_values=cache).logits)
+    assert counter.frame_count == 3  # a prompt, a chunk, a token
+    torch.testing.assert_close(torch.cat(ours, 1), wanted(net, kept, ids, mask), rtol=0, atol=1e-5)
 
 
 def generate(net, cache, mask, ids, **options):
@@ -362,6 +385,31 @@ def test_a_policy_of_another_length_and_layers_without_sites():
     known = policy([[(3, 1), None]], 2, length=4096)
     cache = HybridCache.from_policy(known, net.config, 1, 64)
     assert [len(layer.layout.spans) for layer in cache.layers] == [2, 1]
+
+
+def test_the_tuning_with_windows_counts():
+    """Not the one of the right length, if that knows nothing of windows; among others it does."""
+    config = model(2, 2).config
+    plain, near, far = (
+        policy([[pair, None]] * 2, 2, length=length).tunings[0]
+        for length, pair in ((64, None), (64, (3, 1)), (4096, (9, 1)))
+    )
+    for tunings, longest, window in (
+        ((plain, far), 64, 9), ((near, far), 64, 3), ((near, far), 300, 9), ((plain,), 64, None)
+    ):  # fmt: skip
+        cache = HybridCache.from_policy(Policy("m", None, tunings), config, 1, longest)
+        spans = cache.layers[0].layout.spans
+        assert [s.window for s in spans[1:]] == ([window] if window else [])
+
+
+def test_thresholds_belong_to_lengths():
+    """A prompt that is too short or too long for them is dense inside its windows."""
+    known = policy([[(3, 1), None]], 2, length=100, other=Head("sparse", 0.5))
+    layer = HybridCache.from_policy(known, model(2, 2, layers=1).config, 1, 300).layers[0]
+    modes = {n: layer.rules.at(n)[:, columns.MODE].tolist() for n in (50, 51, 100, 101)}
+    windows, sparse, dense = columns.WINDOWED, columns.SPARSE, columns.DENSE
+    assert modes[51] == modes[100] == [windows] * 2 + [sparse] * 2
+    assert modes[50] == modes[101] == [windows] * 2 + [dense] * 2
 
 
 @pytest.mark.gpu

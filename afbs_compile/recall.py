@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from afbs_compile.bench.windows import Text
 from afbs_compile.commands.errors import CommandError
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -109,9 +108,6 @@ def problem(
     return Problem(task, depth, torch.cat(parts), len(answer))
 
 
-def problems(
-    tasks: list[str], tokens: Tokens, text: Text, length: int, window: int
-) -> list[Problem]:
+def problems(tasks: list[str], tokens: Tokens, filler: Tensor, seed: int) -> list[Problem]:
     """The problems of one window of filler, a depth after the other."""
-    filler = text.tokens[window * length : (window + 1) * length]
-    return [TASKS[task](tokens, filler, depth, window) for task in tasks for depth in DEPTHS]
+    return [TASKS[task](tokens, filler, depth, seed) for task in tasks for depth in DEPTHS]

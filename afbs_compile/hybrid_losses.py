@@ -1,0 +1,132 @@
+"""How bad is a choice of windowed heads, as one number? Evaluations that are kept and shared.
+
+The loss is the mean over the tasks of what windowing costs, in units of what windowing every head
+costs (the anchors of BOSCH, arXiv 2604.05942): 0 is the dense model, 1 has no global head. An
+evaluation is a job of a `Store`, one file a choice of heads: a search that was killed goes on, and
+processes that search the same thing share the work.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from afbs_compile.hybrid_objective import FIGURES
+from afbs_compile.profiling import POLL_SECONDS, Clock
+from afbs_compile.store import About, Arrays, Store
+from afbs_compile.tuner.heads import Bits, text
+from afbs_compile.tuner.tally import Stop
+
+OBJECTIVES = {"kl": "kl", "task": "surprise"}  # and the figure that each compares
+LEAST = 1e-9  # nats: windowing that costs less costs nothing
+
+Figures = NDArray[np.float64]
+
+
+class NothingToChoose(ValueError):
+    """Windowing every head changes nothing, so no choice is better than another."""
+
+
+@dataclass(slots=True, eq=False)
+class Losses:
+    """The objective of a search: losses of a batch of choices.
+
+    Attributes:
+        evaluate: Figures of every call `[calls, 3]` on the device, not waited for.
+        size: Bits.
+        tasks: The task of every call.
+        store: Where evaluations are kept.
+        objective: `kl`, or `task`: the surprise by the right tokens.
+        clock: When to stop.
+        known: Figures by bit string.
+        measured: Evaluations that this process made itself.
+    """
+
+    evaluate: Callable[[Bits], Tensor]
+    size: int
+    tasks: Sequence[str]
+    store: Store
+    objective: str = "kl"
+    clock: Clock = field(default_factory=lambda: Clock(None))
+    known: dict[str, Figures] = field(default_factory=dict)
+    measured: int = 0
+
+    def __call__(self, batch: Sequence[Bits]) -> list[float]:
+        """Losses of some choices.
+
+        Raises:
+            NothingToChoose: Windowing every head costs nothing.
+            Stop: The time is over, or Ctrl-C was pressed.
+        """
+        try:
+            return [self.loss(found) for found in self.figures(batch)]
+        except KeyboardInterrupt as error:
+            raise Stop from error
+
+    def figures(self, batch: Sequence[Bits]) -> list[Figures]:
+        """Figures `[calls, 3]` of some choices, whoever evaluates them.
+
+        Raises:
+            Stop: The time is over.
+        """
+        left = {text(bits): bits for bits in batch if text(bits) not in self.known}
+        while left:
+            for name, bits in list(left.items()):
+                if self.clock.over():
+                    raise Stop
+                if self.attempt(name, bits):
+                    del left[name]
+            if left:
+                time.sleep(POLL_SECONDS)
+        return [self.known[text(bits)] for bits in batch]
+
+    def attempt(self, name: str, bits: Bits) -> bool:
+        """Evaluate one choice or look it up; False if somebody else is at it."""
+        found = self.store.once({"heads": name}, lambda: self.measure(bits))
+        if found is None:
+            return False
+        self.known[name] = np.asarray(found[1]["figures"], dtype=np.float64)
+        return True
+
+    def measure(self, bits: Bits) -> tuple[About, Arrays]:
+        """Run the model."""
+        self.measured += 1
+        return {}, {"figures": self.evaluate(bits).double().cpu().numpy()}
+
+    def loss(self, found: Figures) -> float:
+        """One number from the figures of a choice.
+
+        Raises:
+            NothingToChoose: Windowing every head costs nothing.
+        """
+        return float(np.mean(list(self.by_task(found).values())))
+
+    def by_task(self, found: Figures) -> dict[str, float]:
+        """The loss in every task.
+
+        Raises:
+            NothingToChoose: Windowing every head costs nothing in any task.
+        """
+        none, every = self.anchors()
+        column = FIGURES.index(OBJECTIVES[self.objective])
+        result = {}
+        for task in dict.fromkeys(self.tasks):
+            calls = [n for n, name in enumerate(self.tasks) if name == task]
+            at = [float(x[calls, column].mean()) for x in (none, found, every)]
+            if at[2] - at[0] > LEAST:
+                result[task] = (at[1] - at[0]) / (at[2] - at[0])
+        if not result:
+            raise NothingToChoose(
+                "windowing every head changes nothing on these inputs, so there is nothing to "
+                "choose: give longer inputs or a smaller window"
+            )
+        return result
+
+    def anchors(self) -> tuple[Figures, Figures]:
+        """Figures of the model with no windowed head, and with no other."""
+        bits = np.zeros(self.size, dtype=bool)
+        none, every = self.figures([bits, ~bits])
+        return none, every

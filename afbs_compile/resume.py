@@ -1,0 +1,114 @@
+"""Which part of a run need not be repeated? Runs of one graph under many policies, resumed.
+
+What a graph computes before a site hangs on the policies of the sites before it alone. So the
+values that are alive at a site are kept under those policies, and a run with an equal beginning
+goes on from there. The least recently used go when memory is full. Nothing waits for a device.
+"""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from afbs_compile.capture import private, remaining_uses, written
+from afbs_compile.passes.rewrite import Site, rewrite
+
+OP = torch.ops.afbs.attention.default
+Values = dict[Node, Any]
+
+
+class Resumable:
+    """A graph on one set of inputs, with its sites rewritten.
+
+    Attributes:
+        ran: Sites that were run, over all runs; what resuming saves shows in it.
+    """
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        args: Sequence[Any],
+        sites: Sequence[Site],
+        policy: Tensor,
+        memory_bytes: int,
+    ) -> None:
+        """Rewrite `gm`; `args` are its inputs, `policy` is one for its sites.
+
+        A graph that changes a value in place is run from the beginning every time.
+        """
+        self.gm, self.args, self.memory_bytes = gm, list(args), memory_bytes
+        self.rewritten = rewrite(gm, list(sites), policy, selector="sub8", min_length=0)
+        self.nodes = list(self.rewritten.graph.nodes)
+        self.inputs = [node for node in self.nodes if node.op == "placeholder"]
+        self.policy = self.inputs[-1]
+        self.starts = starts(self.nodes, self.policy)
+        self.dead = remaining_uses(self.rewritten)
+        self.pure = not any(written(node) for node in self.nodes)
+        self.interpreter = Interpreter(self.rewritten)
+        self.kept: OrderedDict[tuple[Hashable, ...], Values] = OrderedDict()
+        self.ran = 0
+
+    @torch.no_grad()
+    def run(self, keys: Sequence[Hashable], policy: Tensor) -> Any:
+        """The graph's output.
+
+        Args:
+            keys: One a site, in the graph's order: equal keys mean equal policies.
+            policy: `[sites, Hmax, COLUMNS]` on the inputs' device.
+        """
+        begin, values = self.resumed(tuple(keys))
+        values[self.policy] = policy
+        site = self.starts.index(begin) if begin in self.starts else 0
+        self.ran += len(self.starts) - site
+        self.interpreter.env = values
+        for n in range(begin, len(self.nodes)):
+            if site < len(self.starts) and n == self.starts[site]:
+                self.keep(tuple(keys[:site]), values)
+                site += 1
+            node = self.nodes[n]
+            if node.op == "output":
+                return self.interpreter.run_node(node)
+            if node not in values:  # inputs are there already
+                values[node] = self.interpreter.run_node(node)
+            for used in (node, *self.dead.get(node, ())):
+                if used is not node or not node.users:
+                    values.pop(used, None)
+        raise AssertionError("a graph ends in its output")
+
+    def resumed(self, keys: tuple[Hashable, ...]) -> tuple[int, Values]:
+        """Where to begin, and the values that are alive there."""
+        for length in reversed(range(len(self.starts))):
+            if (values := self.kept.get(keys[:length])) is not None:
+                for shorter in range(length + 1):
+                    if keys[:shorter] in self.kept:
+                        self.kept.move_to_end(keys[:shorter])
+                return self.starts[length], dict(values)
+        given = private(self.gm, self.args)
+        return 0, dict(zip(self.inputs[:-1], given, strict=True))
+
+    def keep(self, beginning: tuple[Hashable, ...], values: Values) -> None:
+        """Keep what is alive at a site, as far as memory goes."""
+        if not self.pure or beginning in self.kept:
+            return
+        self.kept[beginning] = {n: x for n, x in values.items() if n is not self.policy}
+        while self.kept and self.size_bytes() > self.memory_bytes:
+            self.kept.popitem(last=False)
+
+    def size_bytes(self) -> int:
+        """Memory of what is kept, without the graph's inputs."""
+        ours = {x.untyped_storage().data_ptr() for x in self.args if isinstance(x, Tensor)}
+        found = {
+            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+            for values in self.kept.values()
+            for x in values.values()
+            if isinstance(x, Tensor)
+        }
+        return sum(size for place, size in found.items() if place not in ours)
+
+
+def starts(nodes: Sequence[Node], policy: Node) -> list[int]:
+    """Where each site begins: at the node that takes its row of the policy."""
+    return [n for n, node in enumerate(nodes) if node.all_input_nodes[:1] == [policy]]

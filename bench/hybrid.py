@@ -1,0 +1,220 @@
+"""Which way to choose sliding-window heads costs least? BOSCH and the others on unseen documents.
+
+Run: python bench/hybrid.py (or `afbs bench hybrid`). A search reads windows from a text's end and
+questions about them; scores are those of other windows and questions.
+"""
+
+import argparse
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from afbs_compile.bench import harness, hybrid_show, windows
+from afbs_compile.bench.ledger import Ledger, Row
+from afbs_compile.bench.windows import Text
+from afbs_compile.commands.errors import CommandError
+from afbs_compile.commands.hybrid_options import add_bench_hybrid_options
+from afbs_compile.commands.hybridize import load
+from afbs_compile.demo.model import LanguageModel
+from afbs_compile.hybrid_calibration import samples
+from afbs_compile.hybrid_losses import Losses
+from afbs_compile.hybrid_objective import FIGURES
+from afbs_compile.hybridizing import Subject, Wishes, subject
+from afbs_compile.progress import OnProgress, Progress
+from afbs_compile.tuner.bosch import Found, Search
+from afbs_compile.tuner.heads import Bits, Impossible, text
+from afbs_compile.tuner.hybrid_baselines import METHODS, SEEDED, Question
+
+KEY = ("model", "dtype", "texts", "tokens", "window", "sink", "ratio", "method", "budget", "seed",
+       "calibration", "task")  # fmt: skip
+UNSEEN_SEED = 1000  # of questions that no search asks
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """A model with documents to search on and documents to measure on."""
+
+    model: LanguageModel
+    args: Namespace
+    tokens: int
+    window: int
+    seen: Subject
+    unseen: Subject
+
+    def wishes(self, ratio: float, seed: int) -> Wishes:
+        """What a search is asked."""
+        args = self.args
+        return Wishes(
+            ratio, self.window, args.sink, args.budget, args.objective, args.prior,
+            args.solver, seed, None, args.seconds, args.cache_dir,
+        )  # fmt: skip
+
+
+def run(args: Namespace, output: Path | None) -> dict[str, Any]:
+    """Measure what was asked for and is not known yet; kept in `output` row by row.
+
+    Raises:
+        CommandError: An argument is wrong, or there is nothing to measure.
+    """
+    methods = list(METHODS) if args.methods is None else args.methods.split(",")
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise CommandError(f"no method {', '.join(unknown)}; there are {', '.join(METHODS)}")
+    if args.documents < 1 or args.unseen < 1:
+        raise CommandError("--documents and --unseen need at least 1 document")
+    name = "hybrid" if torch.cuda.is_available() else "hybrid_cpu"
+    ledger = Ledger(name, KEY, output, args.seconds)
+    model = load(args)
+    model = replace(model, name=args.name) if args.name else model
+    texts = windows.read(args.text, str(args.unseen), model)
+    with Progress() as progress:
+        for tokens in windows.numbers(args.tokens, "--tokens"):
+            for window in windows.numbers(args.windows, "--windows"):
+                ready = setup(model, texts, args, tokens, window)
+                with ready.seen.store, ready.unseen.store:
+                    for row in rows(ready, methods, ledger, progress):
+                        ledger.add(row)
+    ledger.write()
+    document = ledger.document()
+    if args.plot:
+        hybrid_show.draw(document, args.plot)
+    return document
+
+
+def setup(
+    model: LanguageModel, texts: list[Text], args: Namespace, tokens: int, window: int
+) -> Setup:
+    """Documents of one length, from the texts' ends to search on, from their beginnings not."""
+    searched = windows.in_turn(windows.calibration(texts, tokens, args.documents))
+    measured = windows.in_turn({t.name: windows.measured(t, tokens) for t in texts})
+    wishes = Wishes(0.5, window, args.sink, cache_dir=args.cache_dir)
+    try:
+        ready = [
+            subject(model.module, samples(model, read, tasks.split(","), window, seed), wishes)
+            for read, tasks, seed in (
+                (searched[: args.documents], args.tasks, 0),
+                (measured[: args.unseen], args.measure, UNSEEN_SEED),
+            )
+        ]
+    except ValueError as error:
+        raise CommandError(f"{model.name} cannot be made hybrid: {error}") from error
+    return Setup(model, args, tokens, window, *ready)
+
+
+def rows(
+    ready: Setup, methods: list[str], ledger: Ledger, on_progress: OnProgress
+) -> Iterator[Row]:
+    """The rows that are missing."""
+    wanted = [
+        (float(ratio), method, seed)
+        for method in methods
+        for seed in range(ready.args.seeds if method in SEEDED else 1)
+        for ratio in ready.args.ratios.split(",")
+    ]
+    for done, (ratio, method, seed) in enumerate(wanted):
+        on_progress(done, len(wanted), "methods", f"{method} {ratio:g}, seed {seed}")
+        about = slot(ready, ratio, method, seed)
+        tasks = ready.args.measure.split(",")
+        if all(ledger.has(about | {"task": task}) for task in tasks):
+            continue
+        if ledger.over():
+            ledger.notes.append(f"left out: {method} at {ratio:g}, seed {seed}")
+            continue
+        begun = time.perf_counter()
+        try:
+            found, losses = chosen(ready, ratio, method, seed, on_progress)
+        except Impossible as error:
+            ledger.notes.append(f"{method} at {ratio:g}: {error}")
+            continue
+        if not found.complete:
+            ledger.notes.append(f"not finished in time: {method} at {ratio:g}, seed {seed}")
+            continue
+        cost = {"seconds": time.perf_counter() - begun, "evaluations": found.evaluations}
+        for row in judged(ready, found.bits, losses.figures([found.bits])[0], losses):
+            yield about | cost | row
+    on_progress(len(wanted), len(wanted), "methods", "")
+
+
+def slot(ready: Setup, ratio: float, method: str, seed: int) -> Row:
+    """The fields that say what a row measures."""
+    args = ready.args
+    return {
+        "method": method,
+        "model": ready.model.name,
+        "dtype": str(next(ready.model.module.parameters()).dtype).removeprefix("torch."),
+        "texts": ",".join(split.partition("=")[0] for split in args.text) or windows.DEFAULT_TEXT,
+        "tokens": ready.tokens,
+        "window": ready.window,
+        "sink": args.sink,
+        "ratio": ratio,
+        "budget": args.budget,
+        "seed": seed,
+        "calibration": f"{args.tasks} x{args.documents}, {args.objective}, {args.prior}",
+    }
+
+
+def chosen(
+    ready: Setup, ratio: float, method: str, seed: int, on_progress: OnProgress
+) -> tuple[Found, Losses]:
+    """What a method chooses."""
+    wishes = ready.wishes(ratio, seed)
+    losses = ready.seen.losses(wishes)
+    losses.anchors()
+    prior = None if wishes.prior == "none" else ready.seen.prior(wishes.prior, wishes)
+    layout = ready.seen.evaluator.layout
+    wanted = Search(layout, ratio, wishes.budget, prior, seed, wishes.solver)
+
+    def on_best(done: int, budget: int, stage: str, best: float) -> None:
+        on_progress(done, budget, f"{method} {ratio:g} seed {seed}", f"{stage} {best:.4f}")
+
+    def ranking(name: str) -> np.ndarray:
+        return ready.seen.prior(name, wishes)
+
+    return METHODS[method](Question(losses, wanted, ranking, on_best)), losses
+
+
+def judged(ready: Setup, bits: Bits, seen: np.ndarray, losses: Losses) -> Iterator[Row]:
+    """A row for every task, from documents that no search has read; `score`: larger is better.
+
+    For text it is −KL, for questions the mean log-probability of the right tokens.
+    """
+    evaluator = ready.unseen.evaluator
+    tasks = [call.sample.task for call in evaluator.calls]
+    unseen = Losses(evaluator, evaluator.layout.size, tasks, ready.unseen.store)
+    none, ours = unseen.figures([np.zeros_like(bits), bits])
+    for n, task in enumerate(tasks):
+        at = dict(zip(FIGURES, ours[n].tolist(), strict=True))
+        dense = dict(zip(FIGURES, none[n].tolist(), strict=True))
+        yield {
+            "task": task,
+            "searched": task in ready.args.tasks.split(","),
+            "score": -at["kl"] if task == "text" else -at["surprise"],
+            **at,
+            "surprise_dense": dense["surprise"],
+            "right_dense": dense["right"],
+            "loss_searched": losses.loss(seen),
+            "heads": text(bits),
+        }
+
+
+def main() -> int:
+    """Measure, store among the committed results, and print the table."""
+    parser = argparse.ArgumentParser(description="Ways to choose sliding-window heads.")
+    add_bench_hybrid_options(parser)
+    args = parser.parse_args()
+    try:
+        hybrid_show.show(run(args, args.output or harness.RESULTS))
+    except CommandError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
