@@ -102,7 +102,7 @@ def data_refusal(call: Call, compensation: str = "none") -> str | None:
     """Why a call cannot have a mask that depends on data."""
     tensors = [value(n) for n in (call.query, call.key, call.value)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return f"needs gradients: {NO_MASKED_BACKWARD} (run under torch.no_grad or torch.inference_mode)"
+        return f"needs gradients: {NO_MASKED_BACKWARD} (run under torch.no_grad)"
     return no_data_mask(compensation)
 
 
