@@ -11,7 +11,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +38,30 @@ from afbs_compile.tuner.objective import FULL, u_of_tau
 
 KEY = ("model", "length", "batch", "mask", "cache", "grad", "tuned")
 ENTRIES: Mapping[str, Entry] = {**zoo.ENTRIES, **zoo_diffusion.ENTRIES}
-LENGTHS = (1, 7, 128, 1000, 4096)
 TAU = 0.8
-WAYS = (  # beside every length alone
-    Cell(1, cache=True),
-    Cell(7, mask="ones"),
-    Cell(7, batch=3, mask="left", cache=True),
-    Cell(128, grad=True),
+TUNED = Cell(1000)
+WAYS = (  # what tells most comes first: a run that ends early has all models
     Cell(128, batch=3, mask="right"),
     Cell(1000, cache=True),
+    Cell(128, grad=True),
+    Cell(7),
     Cell(1000, mask="ones", cache=True),
     Cell(1000, batch=3, mask="left"),
+    Cell(1),
+    Cell(7, batch=3, mask="left", cache=True),
     Cell(1000, batch=3, mask="right", grad=True),
+    Cell(128),
+    Cell(7, mask="ones"),
+    Cell(1, cache=True),
+    Cell(1000),
+    Cell(4096),
     Cell(4096, batch=3, mask="right"),
 )
 
 
 def cells(entry: Entry) -> list[Cell]:
     """How a model is run: what it knows nothing of is left out, and nothing comes twice."""
-    ways = [Cell(length) for length in LENGTHS] + list(WAYS)
+    ways = list(WAYS)
     if "mask" not in entry.knobs:
         ways = [replace(way, mask="none") for way in ways]
     if "cache" not in entry.knobs:
@@ -70,23 +75,43 @@ def run(args: Namespace, output: Path | None) -> dict[str, Any]:
     Raises:
         CommandError: A model or length is unknown, or `output` cannot be continued.
     """
-    names = chosen(args.models)
-    longest = args.longest or max(LENGTHS)
     ledger = Ledger("coverage_cpu", KEY, output, args.seconds)
+    steps = missing(chosen(args.models), args.longest, ledger)
     with Progress() as progress:
-        for done, name in enumerate(names):
-            progress(done, len(names), "models", name)
+        absent: dict[str, str] = {}
+        for done, row in enumerate(steps):
+            if ledger.over():
+                ledger.notes.append(f"{len(steps) - done} cells were left out for want of time")
+                break
+            name = row["model"]
+            progress(done, len(steps), "cells", name)
+            cell = Cell(**{f.name: row[f.name] for f in fields(Cell)})
             try:
-                for row in measured(name, ENTRIES[name], longest, ledger, args.inner):
-                    ledger.add(row)
-                    told = line(row)
+                if name not in absent:
+                    ledger.add(row | attempt(ENTRIES[name], cell, row["tuned"], args.inner))
+                    told = line(ledger.rows[-1])
                     progress.bars.console.print(
                         told, markup=False, highlight=False, soft_wrap=True
                     )
             except Missing as reason:
-                ledger.notes.append(f"{name} was skipped: {reason}")
+                absent[name] = f"{name} was skipped: {reason}"
+    ledger.notes += absent.values()
     ledger.write()
     return ledger.document()
+
+
+def missing(names: list[str], longest: int | None, ledger: Ledger) -> list[Row]:
+    """Cells without a result: the first way of every model, then the second."""
+    most = longest or max(way.length for way in WAYS)
+    ways = {name: cells(ENTRIES[name]) for name in names}
+    order = [
+        {"model": name, **asdict(ways[name][n]), "tuned": False}
+        for n in range(len(WAYS))
+        for name in names
+        if n < len(ways[name])
+    ]
+    order += [{"model": name, **asdict(TUNED), "tuned": True} for name in names]
+    return [row for row in order if row["length"] <= most and not ledger.has(row)]
 
 
 def chosen(names: str | None) -> list[str]:
@@ -101,18 +126,6 @@ def chosen(names: str | None) -> list[str]:
     if unknown := [name for name in asked if name not in ENTRIES]:
         raise CommandError(f"no model {unknown[0]!r}; there are {'; '.join(ENTRIES)}")
     return asked
-
-
-def measured(name: str, entry: Entry, longest: int, ledger: Ledger, inner: str) -> Iterator[Row]:
-    """The missing rows of a model, the tuned one last."""
-    for cell, tuned in [*((cell, False) for cell in cells(entry)), (Cell(1000), True)]:
-        row = {"model": name, **asdict(cell), "tuned": tuned}
-        if cell.length > longest or ledger.has(row):
-            continue
-        if ledger.over():
-            ledger.notes.append(f"left out for want of time: {name} and later")
-            return
-        yield row | attempt(entry, cell, tuned, inner)
 
 
 def attempt(entry: Entry, cell: Cell, tuned: bool, inner: str = "eager") -> Row:

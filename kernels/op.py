@@ -43,7 +43,13 @@ def attention(
     """Real implementation; arguments as in `kernels.dispatch.attention`.
 
     `data` are the parts of a mask that come with the call, as `data_mask.gathered` takes them.
+
+    Raises:
+        ValueError: Batches of q, k and v, or lengths of k and v, differ.
     """
+    if not (q.shape[0] == k.shape[0] == v.shape[0] and k.shape[2] == v.shape[2]):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q, k, v are {shapes}; needed: one batch, and k as long as v")
     out = dispatch.attention(
         q, k, v, policy, mask=Mask(causal, offset, window),
         scale=scale, selector=selector, min_length=min_length, compensation=compensation,

@@ -75,9 +75,20 @@ def shape_refusal(enable_gqa: bool, tensors: list[torch.Tensor]) -> str | None:
     if v.shape[1] != kv_heads or heads % kv_heads or not (enable_gqa or heads == kv_heads):
         return f"{heads} query heads on {kv_heads}/{v.shape[1]} key/value heads"
     sizes = [(q.shape[0], k.shape[0]), (k.shape[0], v.shape[0]), (k.shape[2], v.shape[2])]
-    if not all(statically_known_true(one == other) for one, other in sizes):
+    if not all(may_agree(one, other) for one, other in sizes):
         return "q, k and v differ in batch, or k and v in length"
     return None
+
+
+def may_agree(one: int | SymInt, other: int | SymInt) -> bool:
+    """Are two sizes the same, as far as can be told? The op checks those that are symbols.
+
+    The lengths of cached keys and cached values are different symbols of equal value.
+    """
+    if statically_known_true(one == other):
+        return True
+    hints = [n.node.hint if isinstance(n, SymInt) else n for n in (one, other)]
+    return None not in hints and hints[0] == hints[1]
 
 
 def dtype_refusal(tensors: Iterable[torch.Tensor]) -> str | None:

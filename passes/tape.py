@@ -10,7 +10,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import SymInt, Tensor
+from torch import SymFloat, SymInt, Tensor
 from torch.fx import Node, Proxy
 from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
@@ -70,10 +70,14 @@ class Tape(TorchFunctionMode):
 
     def node(self, value: Any) -> Any:
         """The node of a value; plain values stand for themselves."""
-        if isinstance(value, Tensor):
-            if id(value) not in self.nodes:
-                raise Unseen("a tensor comes from nowhere")
+        if isinstance(value, Tensor | SymFloat) and id(value) in self.nodes:
             return self.nodes[id(value)][1]
+        if isinstance(value, Tensor):
+            raise Unseen("a tensor comes from nowhere")
+        if isinstance(value, SymFloat):
+            if not value.node.expr.is_number:
+                raise Unseen("a symbolic number comes from nowhere")
+            return float(value.node.expr)
         return self.size(value) if isinstance(value, SymInt) else value
 
     def size(self, value: SymInt) -> Any:

@@ -1,8 +1,10 @@
 """A sample of the coverage matrix, and: does the matrix see what is wrong?"""
 
+from argparse import Namespace
+
 import pytest
 
-from afbs_compile.bench import coverage, coverage_table, forced
+from afbs_compile.bench import coverage, coverage_table, forced, zoo
 from afbs_compile.bench.zoo import Cell
 from afbs_compile.kernels import dispatch
 
@@ -90,8 +92,32 @@ def test_unseen_calls_are_wrong():
 def test_every_model_has_cells_of_every_length():
     for entry in coverage.ENTRIES.values():
         ways = coverage.cells(entry)
-        assert {way.length for way in ways} == set(coverage.LENGTHS)
+        assert {way.length for way in ways} == {1, 7, 128, 1000, 4096}
         assert {way.grad for way in ways} == {False, True}
         assert {way.batch for way in ways} == {1, 3}
         assert ("cache" in entry.knobs) == any(way.cache for way in ways)
         assert ("mask" in entry.knobs) == any(way.mask != "none" for way in ways)
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """Breadth first; what cannot be built is told; nothing is run twice."""
+    ran = []
+
+    def attempt(entry, cell, tuned, inner):
+        if entry is coverage.ENTRIES["timm ViT"]:
+            raise zoo.Missing("timm: not installed")
+        ran.append((entry, cell))
+        known = row("")
+        return {name: known[name] for name in known if name not in coverage.KEY} | {
+            "cpu_seconds": 0.0
+        }
+
+    monkeypatch.setattr(coverage, "attempt", attempt)
+    args = Namespace(models="by hand;BERT;timm ViT", longest=7, inner="eager", seconds=None)
+    first = coverage.run(args, tmp_path)
+    assert first["notes"] == ["timm ViT was skipped: timm: not installed"]
+    assert [entry for entry, _ in ran[:2]] == [coverage.ENTRIES[n] for n in ("by hand", "BERT")]
+    assert ran[0][1] == ran[1][1]
+    assert {cell.length for _, cell in ran} == {1, 7}
+    assert len(ran) == len(first["rows"]) == len(set(ran))
+    assert len(coverage.run(args, tmp_path)["rows"]) == len(ran)
