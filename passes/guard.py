@@ -13,6 +13,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from afbs_compile.kernels.dispatch import (
+    NO_MASKED_BACKWARD,
     no_backward,
     no_compensated_backward,
     no_data_mask,
@@ -151,8 +152,7 @@ def data_refusal(call: Call, compensation: str = "none") -> str | None:
     """Why a call cannot have a mask that depends on data."""
     tensors = [value(n) for n in (call.query, call.key, call.value)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        reason = no_backward(tensors[0].device.type, data_mask=True)
-        return f"needs gradients: {reason} (run under torch.no_grad or torch.inference_mode)"
+        return f"needs gradients: {NO_MASKED_BACKWARD} (run under torch.no_grad)"
     return no_data_mask(compensation)
 
 
