@@ -238,7 +238,7 @@ def tuning(
         device=device_name(problem.device),
         versions=versions(),
         inputs=tuple(describe_inputs(problem)),
-        sites=dict(found),
+        sites={name: replace(s, weights=problem.weights.get(name)) for name, s in found.items()},
     )
 
 

@@ -186,15 +186,15 @@ class Gated(Interpreter):
         layer = layer_of(self, site)
         repeat = layer.q.shape[1] // layer.k.shape[1]
         gate = torch.zeros(
-            layer.q.shape[0], site.kv_heads, 1, 1, dtype=layer.q.dtype, device=layer.q.device,
-            requires_grad=True,
+            layer.q.shape[0], site.kv_heads, 1, 1, device=layer.q.device, requires_grad=True
         )  # fmt: skip
         self.gates.append(gate)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, opened: Tensor) -> Tensor:
             dense = dispatch.dense(q, k, v, mask=layer.mask, scale=layer.scale)
             local = self.windowed(q, k, v, layer)
-            return dense + opened.repeat_interleave(repeat, 1) * (local - dense)
+            moved = dense.float() + opened.repeat_interleave(repeat, 1) * (local - dense).float()
+            return moved.to(dense.dtype)
 
         # done again in the backward pass: else every layer's attention matrix is kept
         return checkpoint(attend, layer.q, layer.k, layer.v, gate, use_reentrant=False)

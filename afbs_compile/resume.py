@@ -25,6 +25,8 @@ class Resumable:
 
     Attributes:
         ran: Sites that were run, over all runs; what resuming saves shows in it.
+        size_bytes: Memory of what is kept, without the graph's inputs; what two runs share counts
+            for each.
     """
 
     def __init__(
@@ -48,7 +50,9 @@ class Resumable:
         self.dead = remaining_uses(self.rewritten)
         self.pure = not any(written(node) for node in self.nodes)
         self.interpreter = Interpreter(self.rewritten)
-        self.kept: OrderedDict[tuple[Hashable, ...], Values] = OrderedDict()
+        self.places = {place(x) for x in self.args if isinstance(x, Tensor)}
+        self.kept: OrderedDict[tuple[Hashable, ...], tuple[Values, int]] = OrderedDict()
+        self.size_bytes = 0
         self.ran = 0
 
     @torch.no_grad()
@@ -81,32 +85,34 @@ class Resumable:
     def resumed(self, keys: tuple[Hashable, ...]) -> tuple[int, Values]:
         """Where to begin, and the values that are alive there."""
         for length in reversed(range(len(self.starts))):
-            if (values := self.kept.get(keys[:length])) is not None:
+            if keys[:length] in self.kept:
                 for shorter in range(length + 1):
                     if keys[:shorter] in self.kept:
                         self.kept.move_to_end(keys[:shorter])
-                return self.starts[length], dict(values)
-        given = private(self.gm, self.args)
-        return 0, dict(zip(self.inputs[:-1], given, strict=True))
+                given = dict(zip(self.inputs[:-1], self.args, strict=True))
+                return self.starts[length], given | self.kept[keys[:length]][0]
+        given = dict(zip(self.inputs[:-1], private(self.gm, self.args), strict=True))
+        return 0, given
 
     def keep(self, beginning: tuple[Hashable, ...], values: Values) -> None:
         """Keep what is alive at a site, as far as memory goes."""
         if not self.pure or beginning in self.kept:
             return
-        self.kept[beginning] = {n: x for n, x in values.items() if n is not self.policy}
-        while self.kept and self.size_bytes() > self.memory_bytes:
-            self.kept.popitem(last=False)
+        own = {node: x for node, x in values.items() if node.op != "placeholder"}
+        size = sum(
+            x.untyped_storage().nbytes()
+            for x in own.values()
+            if isinstance(x, Tensor) and place(x) not in self.places
+        )
+        self.kept[beginning] = own, size
+        self.size_bytes += size
+        while self.kept and self.size_bytes > self.memory_bytes:
+            self.size_bytes -= self.kept.popitem(last=False)[1][1]
 
-    def size_bytes(self) -> int:
-        """Memory of what is kept, without the graph's inputs."""
-        ours = {x.untyped_storage().data_ptr() for x in self.args if isinstance(x, Tensor)}
-        found = {
-            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
-            for values in self.kept.values()
-            for x in values.values()
-            if isinstance(x, Tensor)
-        }
-        return sum(size for place, size in found.items() if place not in ours)
+
+def place(x: Tensor) -> int:
+    """Where a tensor's memory is."""
+    return x.untyped_storage().data_ptr()
 
 
 def starts(nodes: Sequence[Node], policy: Node) -> list[int]:

@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import LlamaConfig
 
-from afbs_compile.bench import decode_model, harness
+from afbs_compile.bench import decode_model, decode_prompt, harness
 from afbs_compile.bench.checks import FORWARD_BAR, WrongResult, relative, require
 from afbs_compile.bench.decode_show import compared, show
 from afbs_compile.bench.ledger import Ledger, Row
@@ -76,9 +76,10 @@ def plan(args: argparse.Namespace) -> list[Step]:
         raise CommandError(f"no model {args.model!r}; there are {known}")
     if len(problems) < len(cases) or not all(0 <= ratio <= 1 for ratio in ratios):
         raise CommandError("batch and tokens are at least 1, ratios from 0 to 1")
-    kind = "op" if args.op else "decode"
+    if args.case == "prompt":
+        variants = ["hybrid"]  # beside cuDNN, run by run
     return [
-        Step(kind, args.model, batch, tokens, ratio, args.window, args.sink, variant)
+        Step(args.case, args.model, batch, tokens, ratio, args.window, args.sink, variant)
         for batch, tokens in problems
         for variant in variants
         for ratio in (ratios if variant == "hybrid" else [0.0])
@@ -126,10 +127,14 @@ def verify(layer: Any, config: Any) -> None:
 
 
 def one_layer(step: Step) -> Row:
-    """Time and bytes per second of the attention of one layer."""
+    """Time of the attention of one layer: of a prompt, or of a token with its bytes per second."""
     device, dtype = where(step.model)
     config = LlamaConfig(**decode_model.MODELS[step.model] | {"num_hidden_layers": 1})
     like = torch.zeros(1, dtype=dtype, device=device)
+    if step.case == "prompt":
+        return decode_prompt.prompt(
+            config, step.tokens, step.ratio, step.window, step.sink, like, REPEATS
+        )
     cache = made(step, config, like)
     layer = cache.layers[0]
     dim = layer.keys.shape[-1]
@@ -182,7 +187,7 @@ def measured(steps: list[Step], ledger: Ledger, progress: Callable[..., Any]) ->
             break
         progress(done, len(left), "decode", str(step))
         try:
-            if step.case == "op":
+            if step.case != "decode":
                 row = one_layer(step)
             else:
                 model = model or decode_model.network(step.model, *where(step.model))
@@ -212,8 +217,9 @@ def run(args: argparse.Namespace, output: Path | None) -> dict[str, Any]:
             measured(steps, ledger, progress)
     except WrongResult as error:
         raise CommandError(f"{error}; please report it with this command") from error
-    if args.op:
-        return ledger.document()
+    if args.case != "decode":
+        rows = [row for row in ledger.rows if row["case"] == args.case]
+        return ledger.document() | {"rows": rows}
     document = harness.document("decode", list(compared(ledger.rows)), ledger.notes)
     if output:
         harness.write(document, output)

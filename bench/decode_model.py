@@ -31,7 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 1 << 18,
     },
     "tiny": {
-        "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2,
+        "hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 64,
         "max_position_embeddings": 1 << 12,
     },

@@ -2,7 +2,7 @@
 
 | device | selection | attention | blocks |
 |---|---|---|---|
-| CPU | compiled torch | compiled FlexAttention | 64 × 64 |
+| CPU | compiled torch | compiled FlexAttention; `kernels.pairs` with gradients | 64 × 64 |
 | Hopper, Triton 3.6 to 3.8 | Triton | Gluon for half precision, head dim 64 or 128 | 128 × 64 |
 | other CUDA | Triton | Triton | 128 × 64 |
 Masks that depend on data run in Triton's attention everywhere.
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from afbs_compile.kernels import compensation as tangents
-from afbs_compile.kernels import flex, selection
+from afbs_compile.kernels import flex, pairs, selection
 from afbs_compile.kernels.data_mask import DataMask, MaskedBlocks, blocked
 from afbs_compile.kernels.fused import fused
 from afbs_compile.kernels.geometry import Mask, site_tokens
@@ -134,15 +134,22 @@ def select_and_attend(
     selector: str,
     data: DataMask | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`attention` on a GPU, with what its backward needs beside o.
+    """`attention` with what its backward needs beside o.
 
     Returns:
         `o`, `lse` fp32 `[B, Hq, Lq]`, and the block lists `counts` and `indices`.
     """
-    from afbs_compile.kernels import triton_selection
-
     block_m, block_n = block_sizes(q.device.type)
     blocks = {"block_m": block_m, "block_n": block_n}
+    if data is None and by_pairs(q.device.type):
+        counts, indices = selection.select(
+            q, k, policy, mask=mask, scale=scale, selector=selector,
+            block_m=block_m, block_n=block_n, core=fused_scores(q, k, selector),
+        )  # fmt: skip
+        o, lse = pairs.forward(q, k, v, counts, indices, policy, mask=mask, scale=scale, **blocks)
+        return o, lse, counts, indices
+    from afbs_compile.kernels import triton_selection
+
     counts, indices, counter = triton_selection.select_counted(
         q, k, policy, mask=mask, scale=scale, selector=selector, data=data, **blocks
     )
@@ -193,7 +200,13 @@ def no_compensated_backward(compensation: str) -> str | None:
 
 def no_backward(device_type: str) -> str | None:
     """Why calls on a device cannot be differentiated, or None if they can."""
-    return None if device_type == "cuda" else f"no backward on {device_type.upper()}"
+    known = device_type in ("cpu", "cuda")
+    return None if known else f"no backward on {device_type.upper()}"
+
+
+def by_pairs(device_type: str) -> bool:
+    """Do calls that need gradients go through `kernels.pairs` rather than Triton?"""
+    return device_type == "cpu"
 
 
 def backward(
@@ -211,10 +224,13 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `select_and_attend` with its blocks held fixed: `dq`, `dk`, `dv`."""
-    from afbs_compile.kernels import triton_backward
-
     block_m, block_n = block_sizes(q.device.type)
-    return triton_backward.backward(
+    run = pairs.backward
+    if not by_pairs(q.device.type):
+        from afbs_compile.kernels import triton_backward
+
+        run = triton_backward.backward
+    return run(
         do, q, k, v, o, lse, counts, indices, policy,
         mask=mask, scale=scale, block_m=block_m, block_n=block_n,
     )  # fmt: skip

@@ -170,8 +170,8 @@ def sub_scores(
         seen = seen & repeated(some, sub_m, sub_n)
         edge = edge + repeated(start, sub_m, 1)
     seen = seen & (first >= edge)
-    mass = torch.unflatten(masked_softmax(x, seen), -1, (-1, sub_n)).sum(-1)
-    square = torch.unflatten(mass * mass, -2, (-1, sub_m)).sum(-2)
+    mass = in_blocks(masked_softmax(x, seen), -1, sub_n).sum(-1)
+    square = in_blocks(mass.square(), -2, sub_m).sum(-2)
     return normalise(square.sqrt())
 
 
@@ -179,6 +179,17 @@ def repeated(x: Tensor, m: int, n: int) -> Tensor:
     """Every entry of `[..., M, N]` as m by n entries."""
     wide = x[..., :, None, :, None].expand(*x.shape[:-1], m, x.shape[-1], n)
     return wide.flatten(-2).flatten(-3, -2)
+
+
+def in_blocks(x: Tensor, dim: int, size: int) -> Tensor:
+    """`x` with its axis `dim` (from the end) split into blocks of `size`.
+
+    Compiled with symbolic sizes, code that is made for a single block keeps that one for all
+    lengths; the branch makes Dynamo tell the two apart.
+    """
+    if x.shape[dim] == size:
+        return x.unsqueeze(dim - 1)
+    return torch.unflatten(x, dim, (-1, size))
 
 
 def mean_scores(
@@ -195,7 +206,9 @@ def mean_scores(
     """Selector `mean`: scores and gated blocks, both `[B, Hq, NQ, NK]`."""
     batch, heads, length_q, dim = q.shape
     qs, ks = Blocks.of(length_q, block_m, q.device), Blocks.of(k.shape[2], block_n, q.device)
-    theta = policy[:, col.THETA].view(k.shape[1], -1, 1)
+    # a budget has no gate: what it keeps must be known before
+    theta = policy[:, col.THETA].masked_fill(policy[:, col.BUDGET] > 0, -1.0)
+    theta = theta.view(k.shape[1], -1, 1)
     gated_q = similarity(q, block_m).view(batch, k.shape[1], -1, len(qs)) < theta
     valid = seen_keys(masked)
     gated_k = similarity(k, block_n, valid)[:, :, None] < theta

@@ -3,7 +3,8 @@
 The oracle of the Triton selection kernel, and what runs on a CPU. A sparse head keeps the smallest
 set of top-scored blocks whose scores reach tau (SpargeAttn keeps one block fewer), plus what is
 forced: the sink, the diagonal and the `neighbours` blocks before it. Mean pooling is blind to the
-sink's mass and misses the block before the diagonal, which the first rows of a block need.
+sink's mass and misses the block before the diagonal, which the first rows of a block need. A head
+with a budget (`kernels.budget`) keeps a number of blocks that is known before.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from afbs_compile.kernels import budget
 from afbs_compile.kernels import policy_columns as col
 from afbs_compile.kernels.data_mask import MaskedBlocks
 from afbs_compile.kernels.geometry import Blocks, Mask, head_visible
@@ -89,13 +91,34 @@ def keep_blocks(scores: Tensor, forced: Tensor, visible: Tensor, policy: Tensor)
     """
     mode = policy[:, col.MODE][:, None, None]
     tau = policy[:, col.TAU][:, None, None]
+    limited, share = budget.budgeted(policy)[:, None, None], policy[:, col.BUDGET][:, None, None]
     order = torch.argsort(scores, dim=-1, descending=True, stable=True)
     ranked = scores.gather(-1, order)
     before = ranked.cumsum(-1) - ranked
-    top = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, before < tau)
+    taken = torch.where(limited, budget.best(order, visible, forced, policy), before < tau)
+    top = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, taken)
     keep = (top | forced) & visible
     # a block row must not end empty while it sees something: its best block stands in
     best = torch.zeros_like(keep).scatter(-1, order[..., :1], True) & visible
     keep |= best & ~keep.any(-1, keepdim=True)
-    everything = (mode != col.SPARSE) | (tau >= 1) | ~scores.isfinite().all(-1, keepdim=True)
+    whole = torch.where(limited, share, tau) >= 1
+    everything = (mode != col.SPARSE) | whole | ~scores.isfinite().all(-1, keepdim=True)
     return torch.where(everything, visible, keep)
+
+
+def blocks_kept(
+    policy: Tensor, *, mask: Mask, length_q: int, length_k: int, block_m: int, block_n: int
+) -> tuple[Tensor, Tensor]:
+    """What a call with budgets will cost: kept and visible blocks of every head, int64 `[H]`.
+
+    Exact but for query blocks whose scores are not finite, which stay dense. Heads without a
+    budget count as dense, since what they keep hangs on the data.
+    """
+    qb, kb = (Blocks.of(n, size, policy.device)
+              for n, size in ((length_q, block_m), (length_k, block_n)))  # fmt: skip
+    visible = head_visible(mask, policy, qb, kb)
+    forced = forced_blocks(mask, policy, qb, kb, block_n)
+    seen = visible.sum(-1)
+    kept = torch.where(budget.budgeted(policy)[:, None],
+                       budget.blocks(policy, visible, forced), seen)  # fmt: skip
+    return kept.sum(-1), seen.sum(-1)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from afbs_compile.kernels.launch import aligned, launch
 from afbs_compile.kernels.triton_common import (
+    BUDGET,
     COLUMNS,
     LENGTHS,
     MODE,
@@ -44,7 +45,9 @@ def needs_scores(policy, h, count, GROUP: tl.constexpr):
     row = policy + (h + g) * COLUMNS
     mode = tl.load(row + MODE, g < count, 0.0)
     tau = tl.load(row + TAU, g < count, 1.0)
-    return tl.max(((mode == SPARSE) & (tau < 1.0)).to(tl.int32), 0)
+    budget = tl.load(row + BUDGET, g < count, 1.0)
+    share = tl.where(budget > 0.0, budget, tau)
+    return tl.max(((mode == SPARSE) & (share < 1.0)).to(tl.int32), 0)
 
 
 @triton.jit

@@ -22,10 +22,10 @@ from afbs_compile.kernels.triton_common import (
     LOG2E,
     LOWEST,
     SINK,
-    THETA,
     UNLIMITED,
     end_block,
     first_block,
+    gate_of,
     shared_memory_bytes,
     site_window,
 )
@@ -161,7 +161,7 @@ def score_kernel(
         own_begin = (tl.load(START + at) + tl.cdiv(sink, BLOCK_N)) * N
         weights = WEIGHTS + bh // heads * stride_w
 
-    theta = tl.load(POLICY + h * COLUMNS + THETA)
+    theta = gate_of(POLICY + h * COLUMNS)
     q_rows = Q_MEANS + (bh * rows + r)[:, None] * D_PADDED
     q = tl.load(q_rows + tl.arange(0, D_PADDED)[None, :], mask=(r < rows)[:, None], other=0.0)
     row = bh // group * rows_k

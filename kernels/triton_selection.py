@@ -1,7 +1,8 @@
 """How does a GPU choose the blocks? Selection in three launches, without a score matrix.
 
 Pool (`kernels.triton_pool`), score (`kernels.triton_scores`), pick (here): the threshold of the
-top-p rule is found by bisection, without a sort. The oracle is `kernels.selection`.
+top-p rule, or of a budget, is found by bisection, without a sort. The oracle is
+`kernels.selection`.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -11,10 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from afbs_compile.kernels import budget
 from afbs_compile.kernels.data_mask import DataMask
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.kernels.launch import aligned, launch
 from afbs_compile.kernels.triton_common import (
+    BUDGET,
     COLUMNS,
     LENGTHS,
     MODE,
@@ -22,11 +25,11 @@ from afbs_compile.kernels.triton_common import (
     SINK,
     SPARSE,
     TAU,
-    THETA,
     WINDOW,
     WINDOWED,
     end_block,
     first_block,
+    gate_of,
     on_device,
     site_window,
 )
@@ -34,6 +37,7 @@ from afbs_compile.kernels.triton_mask import shown
 from afbs_compile.kernels.triton_scores import block_scores
 
 TWO_BITS = tl.constexpr(0x40000000)  # the float 2.0 as an integer: above every block score
+UNIT = tl.constexpr(budget.UNIT)
 CHUNK = 512  # block scores that the single warp of a pick program holds at once
 
 
@@ -53,11 +57,12 @@ def at_least(scores, held, start, end, middle, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def kept_threshold(scores, start, end, target, CHUNK: tl.constexpr):
-    """Bits of a t: the scores >= t in `[start, end)` are the fewest that sum to `target`.
+def kept_bounds(scores, start, end, target, room, limited, CHUNK: tl.constexpr):
+    """`(low, high, n)`: keep the scores in `[start, end)` with bits >= high, and n in between.
 
-    Non-negative floats order like their bits. Halving stops when one score is left between the
-    bounds, after 30 steps at the latest: then the scores between them are equal.
+    Without a limit the scores kept are the fewest that sum to `target`, else the `room` largest;
+    of the equal ones between low and high the first n. Non-negative floats order like their bits,
+    so 30 halvings do at most.
     """
     low = 0
     high = TWO_BITS
@@ -65,15 +70,17 @@ def kept_threshold(scores, start, end, target, CHUNK: tl.constexpr):
     count_high = 0
     j = start + tl.arange(0, CHUNK)
     held = tl.load(scores + j, j < end, -1.0)  # negative: below every bound
-    while (high - low > 1) & (count_low - count_high > 1):
+    while (high - low > 1) & (count_low > tl.where(limited, room, count_high + 1)):
         middle = (low + high) // 2
         reached, count = at_least(scores, held, start, end, middle, CHUNK)
-        enough = reached >= target
+        enough = tl.where(limited, count >= room, reached >= target)
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
         count_low = tl.where(enough, count, count_low)
         count_high = tl.where(enough, count_high, count)
-    return tl.where(target > 0.0, low, TWO_BITS)  # no score is needed to reach 0
+    # no score is needed to reach 0; without a limit equal scores stay together
+    high = tl.where(limited, high, tl.where(target > 0.0, low, TWO_BITS))
+    return low, high, tl.where(limited, room - count_high, 0)
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "stride_b", "stride_h"])
@@ -91,7 +98,8 @@ def pick_kernel(
     policy = POLICY + bh % heads * COLUMNS
     mode = tl.load(policy + MODE)
     tau = tl.load(policy + TAU)
-    theta = tl.load(policy + THETA)
+    budget = tl.load(policy + BUDGET)
+    theta = gate_of(policy)
     similarity = K_SIMILARITY + bh // group * blocks_k
     first = (row % blocks_q).to(tl.int32) * BLOCK_M
     last = tl.minimum(first + BLOCK_M, length_q) - 1
@@ -110,7 +118,8 @@ def pick_kernel(
     states = STATES + at * blocks_k
     own_low = first + offset - tl.load(policy + WINDOW).to(tl.int32) + 1
     near = tl.where(mode == WINDOWED, first_block(own_low, length_k, BLOCK_N), near)
-    searching = (mode == SPARSE) & (tau < 1.0)
+    limited = budget > 0.0
+    searching = (mode == SPARSE) & (tl.where(limited, budget, tau) < 1.0)
     if GATE:
         searching &= (tl.load(Q_SIMILARITY + row) < theta) == 0
     theta = tl.where(searching, theta, -float("inf"))
@@ -118,18 +127,24 @@ def pick_kernel(
 
     # sum, best and number of gated blocks over the part that was scored
     start = tl.maximum(lo, sink_end)
-    end = tl.where(searching, hi, start)
+    end = tl.where(limited, tl.minimum(near, hi), hi)
+    end = tl.where(searching, tl.maximum(end, start), start)
     scores = SCORES + row * blocks_k
     total = 0.0
     best = -1.0
     best_j = -1
     forced = tl.maximum(sink_end - lo, 0) + tl.maximum(hi - near, 0)
+    seen = hi - lo
+    fixed = seen - (end - start)  # what a budget cannot leave out
     if DATA:
         forced = 0
+        seen = 0
         for c in range(lo, hi, CHUNK):
             j = c + tl.arange(0, CHUNK)
             visible = tl.load(states + j, j < hi, 0) > 0
+            seen += tl.sum(visible.to(tl.int32), 0)
             forced += tl.sum((visible & ((j < sink_end) | (j >= near))).to(tl.int32), 0)
+        fixed = forced
     for c in range(start, end, CHUNK):
         j = c + tl.arange(0, CHUNK)
         s = tl.load(scores + j, j < end, 0.0)
@@ -142,14 +157,24 @@ def pick_kernel(
                 gated &= tl.load(states + j, j < end, 0) > 0
             forced += tl.sum(gated.to(tl.int32), 0)
     near = tl.where(total - total == 0.0, near, lo)  # scores not finite: stay dense
-    threshold = kept_threshold(scores, start, end, tau * total, CHUNK)
+    units = tl.minimum((budget * UNIT + 0.5).to(tl.int32), UNIT)
+    wanted = tl.maximum((units * seen + UNIT // 2) // UNIT, 1)
+    room = tl.maximum(wanted - fixed, 0)
+    low, high, among = kept_bounds(scores, start, end, tau * total, room, limited, CHUNK)
 
     kept = 0
+    equal = 0
     for c in range(0, blocks_k, CHUNK):
         j = c + tl.arange(0, CHUNK)
         s = tl.load(scores + j, (j >= start) & (j < end), 0.0)
         keep = (j < sink_end) | (j >= near) | ((j == best_j) & (forced == 0))
-        keep |= (s.to(tl.int32, bitcast=True) >= threshold) & (s > 0.0)
+        bits = s.to(tl.int32, bitcast=True)
+        tied = ((bits >= low) & (bits < high) & (j >= start) & (j < end)).to(tl.int32)
+        if DATA:  # what is hidden has score 0
+            tied *= (tl.load(states + j, j < blocks_k, 0) > 0).to(tl.int32)
+        keep |= (bits >= high) & (s > 0.0)
+        keep |= (tied > 0) & (equal + tl.cumsum(tied, 0) <= among)
+        equal += tl.sum(tied, 0)
         if GATE:
             keep |= tl.load(similarity + j, j < blocks_k, 1.0) < theta
         if DATA:

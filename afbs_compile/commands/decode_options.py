@@ -25,8 +25,9 @@ def add_decode_options(command: argparse.ArgumentParser) -> None:
         help=f"with commas: {', '.join(VARIANTS)}",
     )  # fmt: skip
     command.add_argument(
-        "--op", action="store_true", help="the attention of one layer alone, without a model"
-    )
+        "--case", choices=("decode", "op", "prompt"), default="decode",
+        help="the whole model; or one layer's attention alone, of a token or of a prompt",
+    )  # fmt: skip
     command.add_argument(
         "--seconds", type=float, metavar="N", help="begin nothing after N seconds"
     )

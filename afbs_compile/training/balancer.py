@@ -15,11 +15,11 @@ from afbs_compile.tuner.balance import Plan
 from afbs_compile.tuner.controller import SparsityController
 
 
-class SetBudget(Protocol):
+class SetBudgets(Protocol):
     """Where budgets go: from the next call on, without a recompile."""
 
-    def __call__(self, site: str, fraction: float, /) -> Any:
-        """Let the heads of `site` keep this share of their visible blocks, in (0, 1]."""
+    def __call__(self, budgets: Mapping[str, float], /) -> Any:
+        """Let the heads of each site keep this share of their visible blocks, in (0, 1]."""
 
 
 class Balancer:
@@ -30,7 +30,7 @@ class Balancer:
         sampler: SparsityAwareBatchSampler,
         controller: SparsityController | None = None,
         sites: Sequence[str] = (),
-        set_budget: SetBudget | None = None,
+        set_budgets: SetBudgets | None = None,
         exchange: ScalarExchange | None = None,
         clock: StepClock | None = None,
         report: StragglerReport | None = None,
@@ -41,7 +41,7 @@ class Balancer:
             sampler: Its steps are what is planned; its ranks are the controller's replicas.
             controller: None plans nothing: batches alone are balanced.
             sites: Names of the attention sites, in the order of the controller's layers.
-            set_budget: Takes the budgets of this rank.
+            set_budgets: Takes the budgets of this rank, by site.
             exchange: Over which measured times go; by default one where every rank is a replica.
             clock: Times this rank; None observes nothing, and exchanges nothing.
             report: Where every timed step is noted.
@@ -54,13 +54,13 @@ class Balancer:
                 f"the controller has {controller.replicas} replicas, the sampler {sampler.world}"
             )
         layers = len(controller.bounds.base) if controller else 0
-        if controller and (set_budget is None or {len(sites), sampler.layers} != {layers}):
+        if controller and (set_budgets is None or {len(sites), sampler.layers} != {layers}):
             raise ValueError(
                 f"{len(sites)} sites, {sampler.layers} layers of the sampler, {layers} of the "
-                "controller: need as many of each, and set_budget"
+                "controller: need as many of each, and set_budgets"
             )
         self.sampler, self.controller = sampler, controller
-        self.sites, self.set_budget = list(sites), set_budget
+        self.sites, self.set_budgets = list(sites), set_budgets
         self.clock, self.report = clock, report or StragglerReport()
         self.exchange = exchange or (ScalarExchange() if clock else None)
         self.number, self.micro = 0, 0  # of the step that runs
@@ -80,10 +80,9 @@ class Balancer:
 
     def begin_micro_batch(self, micro: int) -> None:
         """Set the budgets of a micro-batch; needed where ranks wait at each (`sync="micro"`)."""
-        if self.plans and self.set_budget and micro < len(self.plans):
-            budgets = self.plans[micro].budgets[self.sampler.rank]
-            for site, fraction in zip(self.sites, budgets.tolist(), strict=True):
-                self.set_budget(site, fraction)
+        if self.plans and self.set_budgets and micro < len(self.plans):
+            budgets = self.plans[micro].budgets[self.sampler.rank].tolist()
+            self.set_budgets(dict(zip(self.sites, budgets, strict=True)))
 
     def end_step(self) -> None:
         """All of the step is enqueued: send the time of the step before."""

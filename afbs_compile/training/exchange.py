@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from afbs_compile.training.sampler import initialized
 from afbs_compile.tuner.arrays import Floats
+from afbs_compile.tuner.step_cost import CostModel
 
 
 class ScalarExchange:
@@ -71,6 +72,16 @@ class ScalarExchange:
         found = np.full(self.replicas, -math.inf)
         np.maximum.at(found, self.replica_of, np.where(np.isfinite(values), values, -math.inf))
         return np.where(np.isfinite(found), found, np.nan)
+
+    def agree(self, cost: CostModel) -> CostModel:
+        """Rank 0's cost model, on every rank; waits. Other costs would make other plans."""
+        if self.group is None:
+            return cost
+        state = [cost.state_dict()]
+        dist.broadcast_object_list(state, src=0, group=self.group)
+        shared = CostModel()
+        shared.load_state_dict(state[0])
+        return shared
 
     def total(self, values: Floats) -> Floats:
         """The sum over all ranks; waits. For what is seen of densities, once an epoch."""

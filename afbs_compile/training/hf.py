@@ -25,7 +25,7 @@ def balance(trainer: Trainer, balancer: Balancer) -> "BalanceCallback":
     Args:
         trainer: `gradient_accumulation_steps` and `per_device_train_batch_size` have to be those
             of the sampler, and the data set the one that the sampler knows the lengths of.
-        balancer: Of this rank.
+        balancer: Of this rank. Its last timed step goes into what the trainer logs.
 
     Returns:
         The callback, which is registered.
@@ -44,6 +44,13 @@ def balance(trainer: Trainer, balancer: Balancer) -> "BalanceCallback":
     trainer.get_train_dataloader = lambda: loader(trainer, balancer)  # type: ignore[method-assign]
     callback = BalanceCallback(balancer)
     trainer.add_callback(callback)
+    log = trainer.log
+
+    def with_balance(logs: dict[str, float], *args: Any, **options: Any) -> None:
+        records = balancer.report.records
+        log(logs | (scalars(records[-1]) if records else {}), *args, **options)
+
+    trainer.log = with_balance  # type: ignore[method-assign]
     return callback
 
 
@@ -133,19 +140,6 @@ class BalanceCallback(TrainerCallback):
         """The step is enqueued."""
         self.balancer.end_step()
         self.step += 1
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        """Add the last timed step to what the trainer logs."""
-        records = self.balancer.report.records
-        if logs is not None and records:
-            logs.update(scalars(records[-1]))
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

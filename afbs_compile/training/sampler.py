@@ -117,6 +117,10 @@ class SparsityAwareBatchSampler(Sampler[list[int]]):
         """Optimizer steps in an epoch."""
         return len(self.cuts)
 
+    def micro_batches(self, step: int) -> int:
+        """Micro-batches of every rank in a step; fewer in a smaller last one."""
+        return self.cuts[step].micro_batches
+
     def place(self, number: int) -> tuple[int, int]:
         """Step and micro-batch of the micro-batch with this number in the epoch."""
         step = int(np.searchsorted(self.ends, number, side="right"))

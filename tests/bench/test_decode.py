@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from afbs_compile import cli
-from afbs_compile.bench import decode, decode_model, decode_show
+from afbs_compile.bench import decode, decode_model, decode_prompt, decode_show
+from afbs_compile.kernels import dispatch, flex
 
 TINY = ("bench", "decode", "--model", "tiny", "--window", "8", "--sink", "2", "--json")
-BYTES = 2 * 2 * 4 * 16 * 4  # k and v, layers, KV heads, head dim, float32: of a token
+BYTES = 2 * 2 * 4 * 32 * 4  # k and v, layers, KV heads, head dim, float32: of a token
 
 
 @pytest.fixture
@@ -45,11 +46,29 @@ def test_end_to_end(afbs, tmp_path):
 
 @pytest.mark.usefixtures("on_cpu")
 def test_one_layer(afbs):
-    code, out, _ = afbs(*TINY, "--cases", "2x40", "--op")
+    code, out, _ = afbs(*TINY, "--cases", "2x40", "--case", "op")
     rows = json.loads(out)["rows"]
     assert code == 0
     assert [row["variant"] for row in rows] == ["hybrid", "ratio0", "whole", "static"]
     assert all(row["gb_per_s"] > 0 for row in rows)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_prompt(afbs, monkeypatch):
+    monkeypatch.setattr(flex, "fused", lambda function, kind: function)
+    monkeypatch.setattr(dispatch, "fused_scores", lambda *_: None)
+    arguments = (*TINY, "--cases", "1x200", "--ratios", "0.5,0", "--case", "prompt")
+    code, out, _ = afbs(*arguments)
+    rows = json.loads(out)["rows"]
+    assert code == 0
+    assert [(row["variant"], row["ratio"]) for row in rows] == [("hybrid", 0.5), ("hybrid", 0.0)]
+    assert all(row["ours_ms"] > 0 and row["ratio_cudnn"] > 0 for row in rows)
+    seen = decode_prompt.token_visible
+    monkeypatch.setattr(decode_prompt, "token_visible", lambda *a: seen(*a) & (a[3] != 0))
+    code, _, error = afbs(*arguments)
+    assert code == 1
+    assert "afbs::attention with windows: relative error" in error
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -1,5 +1,6 @@
 """Are windowed heads what the policy says, are runs resumed right, and can a search be killed?"""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -127,7 +128,7 @@ def test_a_resumed_run_is_the_whole_run(seed):
         assert torch.equal(found, whole(bits))
         assert torch.equal(found, tight(bits))
     assert resumed.runs[0].ran < whole.runs[0].ran
-    assert tight.runs[0].size_bytes() <= 700_000
+    assert tight.runs[0].size_bytes <= 700_000
 
 
 def test_what_a_graph_writes_to_is_never_resumed():
@@ -368,9 +369,37 @@ def test_the_forecast_counts_rows(tmp_path):
     assert 0.25 < told["prefill_blocks"] < 0.6
 
 
+def test_workers_share_the_evaluations(tmp_path):
+    wishes = Wishes(0.5, WINDOW, SINK, 20, prior="locality", cache_dir=tmp_path)
+    ready = subject(net(layers=2, kv=4), [Sample(tokens(0, batch=1, length=64))], wishes)
+
+    def work(folder):
+        evaluator = Evaluator(ready.evaluator.calls, window=WINDOW, sink=SINK, memory_bytes=MEMORY)
+        store = Store(ready.key, {"run": folder}, {}, tmp_path)
+        own = replace(ready, evaluator=evaluator, store=store)
+        with own.store:
+            found, losses, _ = searched(own, wishes, lambda *_: None)
+        return text(found.bits), found.loss, found.history, losses.measured
+
+    *serial, alone = work("serial")
+    with ThreadPoolExecutor(3) as pool:
+        shared = list(pool.map(work, ["shared"] * 3))
+    assert all(list(found) == serial for *found, _ in shared)
+    assert sum(measured for *_, measured in shared) == alone  # nothing twice
+    assert sum(measured > 0 for *_, measured in shared) > 1
+
+
 @pytest.mark.slow
-def test_helpers_find_the_same(tmp_path):
-    model, ids = net(layers=2, kv=4), [tokens(0, batch=1)]
-    serial = search(model, ids, tmp_path / "serial", prior="locality")
-    shared = search(model, ids, tmp_path / "shared", prior="locality", executor="local", workers=2)
-    assert chosen(shared) == chosen(serial)
+def test_the_backend_runs_the_policy_at_any_length(tmp_path):
+    model, path = net(), tmp_path / "hybrid.json"
+    policy = search(model, [tokens(0)], tmp_path)
+    path.write_text(policy.to_json())
+    compiled = torch.compile(model, backend="afbs", options={"policy": path, "min_length": 1})
+    bits = np.array(chosen(policy))[:, ::2].reshape(-1)
+    for length in (LENGTH, 280):
+        ids = tokens(1, length=length)
+        dense, hybrid = explicit(model, ids, bits)
+        with torch.no_grad():
+            found = compiled(ids)
+        assert torch.allclose(found, hybrid, atol=1e-4)
+        assert not torch.allclose(found, dense, atol=1e-2)

@@ -7,6 +7,9 @@ import torch
 
 from afbs_compile import cli
 from afbs_compile.bench import hybrid_show
+from afbs_compile.demo import model as models
+from afbs_compile.hybrid_cache import HybridCache
+from afbs_compile.hybrid_policy import forecast
 from afbs_compile.policy import Policy
 
 pytestmark = [
@@ -44,6 +47,11 @@ def test_hybridize_writes_a_policy_and_a_picture(afbs, tiny_model, tmp_path):
     (tuning,) = Policy.read(out).tunings
     assert tuning.holds_at_any_length
     assert picture.stat().st_size > 0
+    config = models.from_folder(tiny_model).module.config
+    cache = HybridCache.from_policy(
+        Policy.read(out), config, 1, 1024, dtype=torch.float32, device="cpu"
+    )
+    assert cache.size_bytes == forecast(tuning, 1024, bytes_each=4)["kv_bytes"]
     code, text, _ = afbs("hybridize", tiny_model, *SMALL, "--prior", "locality")
     assert code == 0
     assert text.count("■") == 2 + 1  # two groups, and the legend

@@ -64,7 +64,7 @@ def made(long_tail, rank=0, controlled=True, sync="step", timed=True, seed=0):
     given = {}
     clock = Clock() if timed else None
     balancer = Balancer(
-        sampler, controller, SITES if controlled else (), given.__setitem__,
+        sampler, controller, SITES if controlled else (), given.update,
         Exchange() if timed else None, clock,
     )  # fmt: skip
     if clock:
