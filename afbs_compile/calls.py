@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from afbs_compile.kernels.dispatch import no_backward, no_data_mask
+from afbs_compile.kernels.dispatch import NO_MASKED_BACKWARD, no_data_mask
 from afbs_compile.options import disabled
 from afbs_compile.passes import guard
 
@@ -48,9 +48,8 @@ def refusal(
 
 def masked_refusal(tensors: list[Tensor], compensation: str) -> str | None:
     """Why a call cannot have a mask that depends on data."""
-    device = tensors[0].device.type
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return f"needs gradients: {no_backward(device, data_mask=True)}"
+        return f"needs gradients: {NO_MASKED_BACKWARD} (run under torch.no_grad)"
     return no_data_mask(compensation)
 
 

@@ -209,7 +209,7 @@ def test_a_watched_model_can_be_collected():
     assert gone() is None
 
 
-def test_masks_of_their_own_are_exact_and_gradients_are_sdpas():
+def test_masks_of_their_own_are_exact_and_gradients_flow():
     model, x = Model(), tokens()
     mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(3)
     mask[300:] &= torch.arange(LENGTH) % 7 > 0
@@ -225,7 +225,6 @@ def test_masks_of_their_own_are_exact_and_gradients_are_sdpas():
         assert afbs_compile.explain().reasons == {"additive float mask": 3}
         model(x).sum().backward()
     assert model.layers[0].q.weight.grad.abs().sum() > 0
-    assert any(r.startswith("needs gradients") for r in afbs_compile.explain().reasons)
 
 
 def test_a_policy_of_another_mask_is_refused():
