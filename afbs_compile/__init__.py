@@ -1,9 +1,9 @@
 """Block-sparse attention that tunes itself: `torch.compile(model, backend="afbs")`.
 
 `tune` makes a policy ahead of time, `hybridize` one with sliding-window heads, `use_policy` puts
-another one into running models, `explain` tells what became of every attention call. `attention`
-is the same engine with SDPA's signature, `sparse` the same for a model that is not compiled.
-Importing this package loads neither torch nor triton.
+another one into running models, `set_budget` changes how much their sites keep, `explain` tells
+what became of every attention call. `attention` is the same engine with SDPA's signature, `sparse`
+the same for a model that is not compiled. Importing this package loads neither torch nor triton.
 """
 
 from importlib import import_module
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from afbs_compile.ahead import tune
+    from afbs_compile.budgets import set_budget
     from afbs_compile.functional import attention
     from afbs_compile.hybrid_cache import HybridCache
     from afbs_compile.hybridizing import hybridize
@@ -26,6 +27,7 @@ __all__ = [
     "attention",
     "explain",
     "hybridize",
+    "set_budget",
     "sparse",
     "tune",
     "use_policy",
@@ -37,6 +39,7 @@ HOMES = {
     "attention": "afbs_compile.functional",
     "explain": "afbs_compile.report",
     "hybridize": "afbs_compile.hybridizing",
+    "set_budget": "afbs_compile.budgets",
     "sparse": "afbs_compile.intercept",
     "tune": "afbs_compile.ahead",
     "use_policy": "afbs_compile.runner",

@@ -18,15 +18,15 @@ from torch.utils._pytree import tree_map_only
 from afbs_compile import aliases, cache
 from afbs_compile.backend import standing_reason
 from afbs_compile.executors import helpers
-from afbs_compile.identity import model_key
+from afbs_compile.inputs import Shapes, weight_names
 from afbs_compile.logs import warn
 from afbs_compile.measurements import help_out
 from afbs_compile.options import Options, parse
 from afbs_compile.passes.plan import Plan, plan
 from afbs_compile.policy import Policy, bucket_of
 from afbs_compile.problem import Problem, store_of
-from afbs_compile.runner import Shapes, weight_names
 from afbs_compile.source import measure_now
+from afbs_compile.weights import Layer, new_layer
 
 Input = torch.Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -36,7 +36,7 @@ class Recorded:
     """One graph and the arguments of every call of it."""
 
     gm: GraphModule
-    key: str
+    layer: Layer
     found: Plan
     shapes: Shapes
     calls: list[list[Any]] = field(default_factory=list)
@@ -63,9 +63,9 @@ class Recorder:
         if not found.sites or standing_reason(example_inputs, self.options):
             return gm.forward
         named = [(name, example_inputs[n]) for n, name in weight_names(gm, example_inputs).items()]
-        key = model_key(named, "" if named else found.gm.code)
+        layer = new_layer(named, {site.name: site.heads for site in found.sites}, found.gm.code)
         shapes = Shapes.of(example_inputs, found.sites)
-        self.graphs.append(Recorded(found.gm, key, found, shapes))
+        self.graphs.append(Recorded(found.gm, layer, found, shapes))
         return self.graphs[-1]
 
 
@@ -185,7 +185,8 @@ def problems(recorder: Recorder) -> list[tuple[Problem, str]]:
         for seen in buckets.values():
             longest = max(length for length, _ in seen)
             problem = Problem(
-                graph.gm, [args for _, args in seen], graph.found.sites, recorder.options, longest
-            )
-            result.append((problem, graph.key))
+                graph.gm, [args for _, args in seen], graph.found.sites, recorder.options, longest,
+                weights=graph.layer.sites,
+            )  # fmt: skip
+            result.append((problem, graph.layer.key))
     return result

@@ -202,7 +202,13 @@ def head_policy(result: SiteResult, n: int) -> Head:
 
 
 def describe(site: Site) -> str:
-    """The site's mask in words; a policy fits only a site with the same ones."""
+    """The site's mask in words; a policy fits only a site with the same ones (`source.fits`)."""
+    own = describe_own(site)
+    return f"{own} + {site.data.kind}" if site.data else own
+
+
+def describe_own(site: Site) -> str:
+    """The part of the mask that is the same on every call, in words."""
     mask = mask_at(site, 0, 0)
     if not mask.causal:
         return "full"
@@ -232,7 +238,7 @@ def tuning(
         device=device_name(problem.device),
         versions=versions(),
         inputs=tuple(describe_inputs(problem)),
-        sites=dict(found),
+        sites={name: replace(s, weights=problem.weights.get(name)) for name, s in found.items()},
     )
 
 

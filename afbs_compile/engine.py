@@ -140,9 +140,9 @@ class Engine:
         new = expected >= least and bucket not in shelf.tried and not untrainable(root)
         return new and shelf.sites_at(bucket) is None
 
-    def has(self, model: str) -> bool:
-        """Does the root run with the policy of this model?"""
-        return model in (self.shelf.models or ())
+    def has(self, policy: Policy) -> bool:
+        """Does the root run with the weights that this policy was made with?"""
+        return policy.model in (self.shelf.models or ())
 
     def use(self, policy: Policy) -> None:
         """From the next call on take the thresholds of the policy's model from it."""

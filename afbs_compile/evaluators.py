@@ -15,6 +15,7 @@ from torch import Tensor
 
 from afbs_compile.capture import Layer
 from afbs_compile.kernels import dispatch
+from afbs_compile.kernels.data_mask import blocked
 from afbs_compile.kernels.geometry import Blocks, Mask, head_visible
 from afbs_compile.kernels.profile import OFF, Profile, profile
 from afbs_compile.kernels.selection import select
@@ -101,6 +102,7 @@ def look_up(tables: dict[str, np.ndarray], rows: np.ndarray, tau: Floats, level:
     extra = (before < tau[None, :, None, None].astype(np.float32)).sum(-1)
     forced = tables["forced"][:, :, rows]
     extra = np.where(forced == 0, np.maximum(extra, 1), extra)
+    extra = np.minimum(extra, tables["visible"][:, :, rows] - forced)
     error, computed = (
         np.take_along_axis(
             at_level(tables[name], level)[:, :, rows], extra[..., None], -1
@@ -110,8 +112,8 @@ def look_up(tables: dict[str, np.ndarray], rows: np.ndarray, tau: Floats, level:
     norm = tables["norm"][:, :, rows].sum(-1)
     relative = np.divide(error, norm, out=np.zeros(error.shape), where=norm != 0)
     work = 0.5 * ((extra + forced).sum(-1) + computed)
-    density = work.sum(0) / (len(error) * tables["visible"][:, rows].sum(-1))
-    return Measured(relative.max(0), density)
+    visible = tables["visible"][:, :, rows].sum((0, 2))
+    return Measured(relative.max(0), work.sum(0) / np.maximum(visible, 1))
 
 
 def at_level(table: np.ndarray, level: Ints) -> np.ndarray:
@@ -159,12 +161,13 @@ def profiled(
                 layer.q[:, :, :size_q], layer.k[:, :, :size_k], layer.v[:, :, :size_k], policy,
                 mask=layer.mask, scale=layer.scale, selector=selector,
                 block_m=block_m, block_n=block_n, lambdas=lambdas, compensation=compensation,
+                data=layer.data and layer.data.part(slice(size_q), slice(size_k)),
             )
         )  # fmt: skip
     whole = profile(
         layer.q, layer.k, layer.v, policy, mask=layer.mask, scale=layer.scale,
         selector=selector, block_m=block_m, block_n=block_n, rows=chosen,
-        lambdas=lambdas, compensation=compensation,
+        lambdas=lambdas, compensation=compensation, data=layer.data,
     )  # fmt: skip
     return ProfileEvaluator(as_numpy(whole), prefix, blocks, lambdas)
 
@@ -191,36 +194,46 @@ class DirectEvaluator:
         layer = self.layers.layer(self.site)
         policy = policy_at(np.asarray(tau_of_u(u)), layer.q.device)
         error = torch.zeros(layer.q.shape[:2], dtype=torch.float64, device=layer.q.device)
-        norm, kept, seen = torch.zeros_like(error), torch.zeros_like(error), 0.0
+        norm, kept, seen = (torch.zeros_like(error) for _ in range(3))
         for part in parts(layer, fidelity):
             ours = self.run(part, policy).double()
-            exact = dispatch.dense(part.q, part.k, part.v, mask=part.mask, scale=part.scale)
+            exact = dispatch.dense(
+                part.q, part.k, part.v, mask=part.mask, scale=part.scale, data=part.data
+            )
             error += (ours - exact.double()).abs().sum((2, 3))
             norm += exact.double().abs().sum((2, 3))
             counts, visible = self.count(part, policy)
             kept += counts
             seen += visible
         relative = torch.where(norm == 0, 0.0, error / norm).amax(0)
-        return Measured(relative.cpu().numpy(), (kept.mean(0) / seen).cpu().numpy())
+        density = kept.sum(0) / seen.sum(0).clamp(min=1)
+        return Measured(relative.cpu().numpy(), density.cpu().numpy())
 
     def run(self, part: Layer, policy: Tensor) -> Tensor:
         """The op on a part of the layer."""
         return dispatch.attention(
             part.q, part.k, part.v, policy, mask=part.mask, scale=part.scale,
-            selector=self.selector, compensation=self.compensation,
+            selector=self.selector, compensation=self.compensation, data=part.data,
         )  # fmt: skip
 
-    def count(self, part: Layer, policy: Tensor) -> tuple[Tensor, float]:
-        """Blocks kept `[B, H]`, and visible a head."""
+    def count(self, part: Layer, policy: Tensor) -> tuple[Tensor, Tensor]:
+        """Blocks kept and visible, both `[B, H]`."""
         block_m, block_n = dispatch.block_sizes(part.q.device.type)
+        masked = blocked(
+            part.data, part.mask, part.q.shape[2], part.k.shape[2],
+            block_m=block_m, block_n=block_n,
+        )  # fmt: skip
         counts, _ = select(
             part.q, part.k, policy, mask=part.mask, scale=part.scale, selector=self.selector,
-            block_m=block_m, block_n=block_n,
+            block_m=block_m, block_n=block_n, masked=masked,
         )  # fmt: skip
         qb = Blocks.of(part.q.shape[2], block_m, part.q.device)
         kb = Blocks.of(part.k.shape[2], block_n, part.q.device)
-        visible = head_visible(part.mask, policy[:1], qb, kb).sum()
-        return counts.sum(-1), float(visible)
+        visible = head_visible(part.mask, policy, qb, kb)
+        if masked is not None:
+            visible = visible & masked.some
+        visible = visible.expand(*counts.shape[:2], -1, -1)
+        return counts.sum(-1), visible.sum((2, 3))
 
 
 def parts(layer: Layer, fidelity: Fidelity) -> list[Layer]:
@@ -231,7 +244,8 @@ def parts(layer: Layer, fidelity: Fidelity) -> list[Layer]:
     if isinstance(fidelity, SequenceLength):
         size_q, size_k = (math.ceil(fidelity.fraction * t.shape[2]) for t in (layer.q, layer.k))
         q, k, v = layer.q[:, :, :size_q], layer.k[:, :, :size_k], layer.v[:, :, :size_k]
-        return [Layer(q, k, v, layer.mask, layer.scale)]
+        data = layer.data and layer.data.part(slice(size_q), slice(size_k))
+        return [Layer(q, k, v, layer.mask, layer.scale, data)]
     block_m, _ = dispatch.block_sizes(layer.q.device.type)
     starts = spread(-(-length // block_m), fidelity) * block_m
     return [rows_from(layer, int(start), block_m) for start in starts]
@@ -241,4 +255,6 @@ def rows_from(layer: Layer, start: int, count: int) -> Layer:
     """A layer of `count` query rows from `start` on, against all keys."""
     mask = Mask(layer.mask.causal, layer.mask.offset + start, layer.mask.window)
     q = layer.q[:, :, start : start + count]
-    return Layer(q, layer.k, layer.v, mask if layer.mask.causal else layer.mask, layer.scale)
+    data = layer.data and layer.data.part(slice(start, start + count), slice(None))
+    mask = mask if layer.mask.causal else layer.mask
+    return Layer(q, layer.k, layer.v, mask, layer.scale, data)

@@ -44,7 +44,7 @@ def record(model: nn.Module, samples: Sequence[Sample], window: int) -> tuple[li
     left_out(recorder.graphs, calls)
     if not calls[0].sites:
         raise Unsuitable(f"no attention call can be windowed: {reasons(recorder.graphs)}")
-    return calls, recorder.graphs[-1].key
+    return calls, recorder.graphs[-1].layer.key
 
 
 def called(graphs: Sequence[Recorded], before: Sequence[int]) -> Recorded:

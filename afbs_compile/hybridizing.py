@@ -10,110 +10,25 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from afbs_compile import hybrid_policy
 from afbs_compile.ahead import to
 from afbs_compile.executors import helpers
-from afbs_compile.hybrid_calls import Unsuitable, record
-from afbs_compile.hybrid_losses import OBJECTIVES, Losses
-from afbs_compile.hybrid_objective import FIGURES, Call, Evaluator
+from afbs_compile.hybrid_losses import Losses
+from afbs_compile.hybrid_objective import FIGURES
 from afbs_compile.hybrid_samples import Input, Sample
-from afbs_compile.options import default_cache_dir
-from afbs_compile.passes.sites import value
+from afbs_compile.hybrid_subject import Subject, Wishes, subject
 from afbs_compile.policy import Policy, Tuning, bucket_of
 from afbs_compile.profiling import Clock
 from afbs_compile.progress import OnProgress, Progress
-from afbs_compile.rankings import RANKINGS, ranking
-from afbs_compile.store import Store, digest, input_digest
 from afbs_compile.tuner import bosch
 from afbs_compile.tuner.bosch import Found, Search
-from afbs_compile.tuner.solvers import Solver
 from afbs_compile.versions import device_name, versions
-
-KEPT_ON_CPU = 4 << 30  # bytes that runs may be resumed from
-KEPT_ON_GPU = 0.4  # of the memory that is free
-PRIORS = (*RANKINGS, "none")
-
-
-@dataclass(frozen=True, slots=True)
-class Wishes:
-    """What `hybridize` was asked for; see there."""
-
-    ratio: float
-    window: int = 1024
-    sink: int = 4
-    budget: int = 600
-    objective: str = "kl"
-    prior: str = "fisher"
-    solver: str | Solver = "lns"
-    seed: int = 0
-    levels: tuple[int, ...] | None = None
-    seconds: float | None = None
-    cache_dir: Path | None = None
-
-    def __post_init__(self) -> None:
-        """Check what needs no model.
-
-        Raises:
-            ValueError: Something is out of range.
-        """
-        if self.window < 1:
-            raise ValueError(f"window is {self.window}; needed: at least 1 key")
-        if self.sink < 0:
-            raise ValueError(f"sink is {self.sink}; needed: at least 0 tokens")
-        if not 0 <= self.ratio <= 1:
-            raise ValueError(f"ratio is {self.ratio}; needed: a share of the heads, from 0 to 1")
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"no objective {self.objective!r}; there are {', '.join(OBJECTIVES)}")
-        if self.prior not in PRIORS:
-            raise ValueError(f"no prior {self.prior!r}; there are {', '.join(PRIORS)}")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Subject:
-    """A model that is to be made hybrid, ready to be evaluated.
-
-    Attributes:
-        key: The model's.
-        name: Its class.
-        evaluator: Runs choices of heads on the samples.
-        store: Where evaluations are kept.
-        length: Tokens of the longest call.
-    """
-
-    key: str
-    name: str
-    evaluator: Evaluator
-    store: Store
-    length: int
-
-    def losses(self, wishes: Wishes) -> Losses:
-        """The objective of a search."""
-        return Losses(
-            self.evaluator, self.evaluator.layout.size,
-            [call.sample.task for call in self.evaluator.calls], self.store,
-            wishes.objective,
-        )  # fmt: skip
-
-    def prior(self, name: str, wishes: Wishes) -> np.ndarray:
-        """A static ranking [N], kept like evaluations."""
-        about = {"ranking": name, "seed": wishes.seed}
-
-        def measure() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-            found = ranking(
-                name, self.evaluator, window=wishes.window, sink=wishes.sink, seed=wishes.seed
-            )
-            return {}, {"harm": found}
-
-        while (known := self.store.once(about, measure)) is None:
-            time.sleep(0.1)
-        return np.asarray(known[1]["harm"], dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,50 +95,6 @@ def hybridize(
         found, losses, seconds = searched(ready, asked, on_progress)
     policy = policy_of(ready, asked, found, losses, seconds)
     return hybrid_policy.combined(policy, thresholds) if thresholds else policy
-
-
-def subject(model: nn.Module, samples: Sequence[Sample], wishes: Wishes) -> Subject:
-    """A model and samples, ready to be evaluated.
-
-    Raises:
-        Unsuitable: It has no head that can be windowed.
-    """
-    calls, key = record(model, samples, wishes.window)
-    first = next(x.device for x in calls[0].args if isinstance(x, Tensor))
-    evaluator = Evaluator(
-        calls, window=wishes.window, sink=wishes.sink, memory_bytes=memory_bytes(first)
-    )
-    store = Store(
-        key,
-        {"kind": hybrid_policy.KIND, "window": wishes.window, "sink": wishes.sink},
-        {
-            "graphs": digest([call.gm.code for call in calls]),
-            "samples": [of_sample(call) for call in calls],
-            "device": device_name(first),
-            "versions": versions(),
-        },
-        wishes.cache_dir or default_cache_dir(),
-    )
-    length = max(int(value(site.key).shape[2]) for call in calls for site in call.sites)
-    if length <= wishes.window + wishes.sink:
-        raise Unsuitable(
-            f"the longest input has {length} tokens, which a window of {wishes.window} and "
-            f"{wishes.sink} sink tokens see whole: give longer inputs or a smaller window"
-        )
-    return Subject(key, type(model).__name__, evaluator, store, length)
-
-
-def of_sample(call: Call) -> str:
-    """A digest of a call and of what counts in it."""
-    sample = call.sample
-    return input_digest([*call.args, sample.task, sample.counted, sample.targets, sample.answers])
-
-
-def memory_bytes(device: torch.device) -> int:
-    """What may be kept to resume runs from."""
-    if device.type == "cuda":
-        return int(KEPT_ON_GPU * torch.cuda.mem_get_info(device)[0])
-    return KEPT_ON_CPU
 
 
 def searched(

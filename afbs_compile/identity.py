@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,9 +29,9 @@ KEY_DIGITS = 32
 TOKEN = re.compile(r"""\[\s*'([^']*)'\s*\]|\[\s*"([^"]*)"\s*\]|\[(-?\d+)\]|(\w+)""")
 GETATTR = re.compile(r"""getattr\(((?:[^()]|\(\))*), ('[^']*'|"[^"]*")\)""")
 CONTAINERS = frozenset({"_modules", "_parameters", "_buffers", "__dict__"})
+Row = list[Any]
 
 
-@torch.no_grad()
 def model_key(named: Iterable[tuple[str, Tensor]], extra: str = "") -> str:
     """32 hexadecimal digits that name a model; the order of `named` does not matter.
 
@@ -41,11 +42,22 @@ def model_key(named: Iterable[tuple[str, Tensor]], extra: str = "") -> str:
     Raises:
         TypeError: A tensor without readable bytes (meta, fake, sparse layout).
     """
+    return key_of(rows_of(named), extra)
+
+
+@torch.no_grad()
+def rows_of(named: Iterable[tuple[str, Tensor]]) -> list[Row]:
+    """Name, shape, dtype and digest of every plain tensor; raises as `model_key`."""
     plain = [part for name, tensor in named for part in strided(name, tensor)]
     headers = [[name, list(t.shape), str(t.dtype)] for name, t in plain]
     digests = [hashlib.sha256(sums).hexdigest() for sums in on_host([t for _, t in plain])]
-    rows = sorted([*header, digest] for header, digest in zip(headers, digests, strict=True))
-    return hashlib.sha256(json.dumps([extra, rows]).encode()).hexdigest()[:KEY_DIGITS]
+    return [[*header, digest] for header, digest in zip(headers, digests, strict=True)]
+
+
+def key_of(rows: Iterable[Row], extra: str = "") -> str:
+    """The key of tensors that are described by `rows_of`."""
+    text = json.dumps([extra, sorted(rows)])
+    return hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]
 
 
 def strided(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

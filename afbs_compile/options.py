@@ -25,6 +25,7 @@ EVALUATORS = ("profile", "direct")
 FIDELITIES = ("query-blocks", "sequence-length")
 SELECTORS = ("sub8", "sub4", "mean")
 EXECUTORS = ("local", "torchrun", "ray")
+RULES = ("auto", "tau", "budget")
 COMPENSATIONS = ("none", "tangent")
 
 
@@ -47,6 +48,9 @@ class Options:
         fidelity: What a cheap evaluation looks at, one of `FIDELITIES`.
         selector: How block scores are made, one of `SELECTORS`.
         compensation: What stands for a block that is left out, one of `COMPENSATIONS`.
+        rule: How many blocks a sparse head keeps, one of `RULES`: as many as hold the share tau
+            of the mass, a fixed share of those that are visible (the density that it was tuned
+            at, unless its policy has a budget), or by default the latter in training.
         min_length: Calls with fewer query tokens stay dense.
         tuning_budget_s: Seconds after which the first call stops measuring and leaves the rest
             dense until a later start; None measures everything.
@@ -64,6 +68,7 @@ class Options:
     fidelity: str = "query-blocks"
     selector: str = "sub8"
     compensation: str = "none"
+    rule: str = "auto"
     min_length: int = MIN_LENGTH
     tuning_budget_s: float | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
@@ -99,6 +104,12 @@ class Options:
     def cache_folder(self) -> Path:
         """The cache directory with the environment and the platform's default filled in."""
         return self.cache_dir or default_cache_dir()
+
+    def rule_for(self, training: bool) -> str:
+        """The rule, `tau` or `budget`, with the default filled in."""
+        if self.rule != "auto":
+            return self.rule
+        return "budget" if training else "tau"
 
     def tuning_fingerprint(self) -> dict[str, float | str]:
         """The options that change what is tuned; two tunings are comparable if these agree."""
@@ -243,6 +254,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "fidelity": one_of(FIDELITIES),
     "selector": one_of(SELECTORS),
     "compensation": one_of(COMPENSATIONS),
+    "rule": one_of(RULES),
     "min_length": positive,
     "tuning_budget_s": seconds_or_none,
 }

@@ -10,12 +10,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from afbs_compile import strict_json
 from afbs_compile.checks import check, check_measured, mean_known
+from afbs_compile.schema import SCHEMA, unwrapped
 
-SCHEMA = 2
 MODES = ("dense", "sparse", "window")
 DECISIONS = ("sparse", "dense")
 KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -52,6 +51,8 @@ class Head:
         neighbours: Key blocks before the diagonal that are always kept.
         error: Relative L1 error of the head's output, or None if not measured.
         density: Visited over visible blocks, or None if not measured.
+        budget: Share of the visible blocks that a sparse head keeps, in (0, 1], in place of tau;
+            None leaves that to the option `rule`.
     """
 
     mode: str
@@ -63,6 +64,7 @@ class Head:
     neighbours: int = 2
     error: float | None = None
     density: float | None = None
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         """Check every range."""
@@ -76,11 +78,17 @@ class Head:
         check(self.neighbours >= 0, "neighbours", self.neighbours, "at least 0 blocks")
         check_measured("error", self.error)
         check_measured("density", self.density, 1.0)
+        share = self.budget is None or 0 < self.budget <= 1
+        check(share, "budget", self.budget, "null or a number above 0, at most 1")
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One attention call of the model; `heads` in the order of its query heads."""
+    """One attention call of the model; `heads` in the order of its query heads.
+
+    `weights` is the key of the weights of the module that makes the call: by it the site is found
+    where its block is compiled alone.
+    """
 
     name: str
     heads: tuple[Head, ...]
@@ -91,6 +99,7 @@ class Site:
     reason: str | None = None
     seconds_dense: float | None = None
     seconds_sparse: float | None = None
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         """Check the head counts, the decision and the times."""
@@ -263,33 +272,3 @@ class Policy:
 def slot(tuning: Tuning) -> tuple[int, str]:
     """What tells the tunings of a policy apart: the bucket and the options."""
     return tuning.bucket, json.dumps(tuning.options, sort_keys=True)
-
-
-def unwrapped(document: Any) -> Any:
-    """The policy part of a document of our schema or an older one, else ValueError."""
-    if not isinstance(document, dict) or document.keys() != {"schema", "policy"}:
-        raise strict_json.mismatch("", document, "an object with `schema` and `policy`")
-    schema = document["schema"]
-    if type(schema) is not int or not schema >= 1:
-        raise strict_json.mismatch("schema", schema, f"1 to {SCHEMA}")
-    if schema > SCHEMA:
-        raise ValueError(f"schema is {schema}, this version reads {SCHEMA}: update afbs-compile")
-    return from_schema_1(document["policy"]) if schema == 1 else document["policy"]
-
-
-def from_schema_1(policy: Any) -> Any:
-    """A policy of schema 1, which knew no end-to-end damage and coarser buckets."""
-    if not isinstance(policy, dict) or not isinstance(policy.get("tunings"), list):
-        return policy  # what is wrong with it is told when it is decoded
-    return policy | {"tunings": [tuning_from_schema_1(t) for t in policy["tunings"]]}
-
-
-def tuning_from_schema_1(tuning: Any) -> Any:
-    """A tuning of schema 1, whose buckets were powers of two."""
-    if not isinstance(tuning, dict):
-        return tuning
-    more: dict[str, Any] = {"kl": None, "perplexity_increase": None}
-    length, bucket = tuning.get("length"), tuning.get("bucket")
-    if type(length) is int and length >= 1 and bucket == 1 << (length - 1).bit_length():
-        more["bucket"] = bucket_of(length)
-    return tuning | more

@@ -1,7 +1,7 @@
 """What is to be tuned? A graph, real inputs, sites, and the user's wishes."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class Problem:
         sites: The sites to tune.
         options: The user's wishes.
         length: Tokens; names the bucket.
+        weights: Key of the weights of each site's module, by site, where it has any.
     """
 
     gm: GraphModule
@@ -31,6 +32,7 @@ class Problem:
     sites: Sequence[Site]
     options: Options
     length: int
+    weights: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

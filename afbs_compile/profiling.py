@@ -160,7 +160,7 @@ def job(site: Site, digest: str) -> About:
         "heads": site.heads,
         "kv_heads": site.kv_heads,
         "head_dim": site.head_dim,
-        "mask": [repr(site.mask), site.from_end],
+        "mask": [repr(site.mask), site.from_end, site.data.kind],
         "scale": site.scale,
     }
 

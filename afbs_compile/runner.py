@@ -3,34 +3,37 @@
 A graph with symbolic sizes serves many lengths. Thresholds belong to a length bucket and a mask
 was classified at one size, so at a size not seen before the runner checks the masks again and
 looks the tuning up (or calibrates, with the call's own inputs). After that a call costs one
-dictionary look-up. Policies are inputs of the compiled graph: new values never recompile. Dynamo
-may hand the graph of one model to another of the same class, whose weights are inputs too; so a
-policy is looked up by the weights that the call brings.
+dictionary look-up. Policies are inputs of the compiled graph: new values never recompile.
+
+A graph serves many layers too: all blocks of a model that are compiled one by one, or under FSDP2,
+and models of one class. Their weights are inputs, so policies are looked up by the weights that
+the call brings (`afbs_compile.weights`). Layers with other sparse sites than the first one's run
+another variant of the graph, which is compiled when it is first needed.
 """
 
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import SymInt, Tensor
-from torch.fx import GraphModule, Node
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule
 
-from afbs_compile.identity import model_key
+from afbs_compile.inputs import Shapes, Sizes, weight_names
 from afbs_compile.logs import warn
 from afbs_compile.options import Options
+from afbs_compile.outcome import report
 from afbs_compile.passes.plan import Plan
-from afbs_compile.passes.rewrite import Site
-from afbs_compile.passes.sites import dotted, value
+from afbs_compile.passes.rewrite import Site, rewrite
+from afbs_compile.passes.sites import value
 from afbs_compile.policy import Policy, Tuning, bucket_of
-from afbs_compile.policy_tensor import stacked
+from afbs_compile.policy_tensor import stacked, with_budgets
 from afbs_compile.problem import Problem
-from afbs_compile.report import JOURNAL, SiteReport
 from afbs_compile.source import LOCK, Unusable, resolve
+from afbs_compile.weights import Layer, layer_of
 
-Sizes = tuple[int, ...]
 Weights = tuple[int, ...]  # `id` of every weight
 RUNNERS: "weakref.WeakSet[Running]" = weakref.WeakSet()
 
@@ -38,8 +41,8 @@ RUNNERS: "weakref.WeakSet[Running]" = weakref.WeakSet()
 class Running(Protocol):
     """Something that runs with policies, which can be swapped."""
 
-    def has(self, model: str) -> bool:
-        """Does it run with the policy of this model?"""
+    def has(self, policy: Policy) -> bool:
+        """Does it run with the weights that this policy was made with?"""
         ...
 
     def use(self, policy: Policy) -> None:
@@ -47,202 +50,220 @@ class Running(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Shapes:
-    """Symbolic sizes of a graph: where they come in, and what they make of a length.
+@dataclass(slots=True)
+class Bound:
+    """What the calls of a layer in a length bucket run.
 
     Attributes:
-        positions: Places of the sizes among the graph's inputs.
-        symbols: Their sympy symbols, in the same order.
-        lengths: Key length of every site: an int or a sympy expression.
+        run: The variant of the graph.
+        sites: Those that it makes sparse.
+        tuned: Their policies as tuned, `[sites, Hmax, COLUMNS]`, on the host.
+        policy: The same with budgets, on the device; None if the variant takes none.
     """
 
-    positions: tuple[int, ...]
-    symbols: tuple[Any, ...]
-    lengths: tuple[Any, ...]
-
-    @staticmethod
-    def of(inputs: Sequence[Any], sites: Sequence[Site]) -> "Shapes":
-        """Read them off the compile-time inputs and the sites' fake tensors."""
-        places = tuple(n for n, x in enumerate(inputs) if isinstance(x, SymInt))
-        symbols = tuple(inputs[n].node.expr for n in places)
-        sizes: list[Any] = [value(site.key).shape[2] for site in sites]
-        lengths = (s.node.expr if isinstance(s, SymInt) else s for s in sizes)
-        return Shapes(places, symbols, tuple(set(lengths)))
-
-    def sizes(self, args: Sequence[Any]) -> Sizes:
-        """The call's symbolic sizes."""
-        return tuple(args[n] for n in self.positions)
-
-    def length(self, sizes: Sizes) -> int:
-        """The longest key length of any site, in tokens."""
-        known = dict(zip(self.symbols, sizes, strict=True))
-        found = (n if isinstance(n, int) else int(n.xreplace(known)) for n in self.lengths)
-        return max(found)
+    run: Callable[..., Any]
+    sites: list[Site]
+    tuned: Tensor
+    policy: Tensor | None
 
 
 class Runner:
     """A compiled graph with its policies; callable like the graph."""
 
     def __init__(
-        self, gm: GraphModule, options: Options, found: Plan, inputs: Sequence[Any]
+        self, came: GraphModule, options: Options, found: Plan, inputs: Sequence[Any]
     ) -> None:
-        """Describe the graph; `compiled` is set once there is something to run."""
-        self.gm, self.options = gm, options
+        """Describe the graph; `variants` take what is compiled."""
+        self.came, self.gm, self.options = came, found.gm, options
         self.sites, self.rules = list(found.sites), found.rules
         self.shapes = Shapes.of(inputs, found.sites)
-        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        placeholders = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
         self.place = {node: n for n, node in enumerate(placeholders)}
-        self.names = weight_names(gm, inputs)
+        self.names = weight_names(self.gm, inputs)
         self.device = next(x.device for x in inputs if isinstance(x, Tensor))
-        self.compiled: Callable[..., Any] = gm.forward
-        self.dense: Callable[..., Any] = torch.compile(
-            gm, dynamic=True
-        )  # compiles when first used
-        self.policies: dict[tuple[Weights, Any], Tensor | None] = {}  # by weights and `Sizes`
-        self.buckets: dict[tuple[Weights, Any], Tensor | None] = {}  # by weights and bucket
-        self.keys: dict[Weights, str] = {}
-        self.given: dict[str, Policy] = {}
+        self.first = self.sites  # those of the variant that is compiled first
+        self.training = any(needs_gradient(site) for site in self.sites)
+        self.variants: dict[tuple[str, ...], Callable[..., Any]] = {}  # by names of sparse sites
+        self.bounds: dict[tuple[Weights, Sizes], Bound] = {}
+        self.buckets: dict[tuple[Weights, int], Bound] = {}  # by weights and bucket
+        self.layers: dict[Weights, Layer] = {}
+        self.given: dict[str, Policy] = {}  # by key of the layer
         RUNNERS.add(self)
-
-    def settle(self, tuning: Tuning | None, args: Sequence[Any]) -> None:
-        """Take the tuning at the compile-time sizes (None: none is to be had), before compiling.
-
-        With fixed sizes, sites that stay dense are dropped. With symbolic ones they are kept,
-        since they may gain at another length.
-        """
-        gains = self.gains(tuning) if tuning else []
-        if not self.shapes.positions:
-            self.sites = gains
-        policy = self.tensor(tuning) if tuning and gains else None
-        weights, sizes = self.weights(args), self.shapes.sizes(args)
-        self.policies[weights, sizes] = policy
-        self.buckets[weights, bucket_of(self.shapes.length(sizes))] = policy
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph; the arguments are those of Dynamo's graph."""
-        call = self.weights(args), self.shapes.sizes(args)
-        policy = self.policies[call] if call in self.policies else self.prepare(call, args)
-        if policy is None:
-            return self.dense(*args)
-        return self.compiled(*args, policy)
+        bound = self.bounds.get((self.weights(args), self.shapes.sizes(args)))
+        if bound is None:
+            bound = self.prepare(args)
+        return bound.run(*args) if bound.policy is None else bound.run(*args, bound.policy)
 
     def weights(self, args: Sequence[Any]) -> Weights:
         """Which weights the call brings."""
         return tuple([id(args[n]) for n in self.names])
 
-    def prepare(self, call: tuple[Weights, Sizes], args: Sequence[Any]) -> Tensor | None:
-        """The policy tensor for a call not seen before; None if it is better off dense."""
+    def prepare(self, args: Sequence[Any]) -> Bound:
+        """What a call not seen before runs."""
+        if any(isinstance(x, FakeTensor) for x in args):  # DDPOptimizer asks for the strides
+            return self.bound(self.first, None)
+        call = self.weights(args), self.shapes.sizes(args)
         with LOCK:
-            if call not in self.policies:
-                self.policies[call] = self.find(call, args)
-            return self.policies[call]
+            if call not in self.bounds:
+                self.bounds[call] = self.find(call, args)
+            return self.bounds[call]
 
-    def find(self, call: tuple[Weights, Sizes], args: Sequence[Any]) -> Tensor | None:
+    def find(self, call: tuple[Weights, Sizes], args: Sequence[Any]) -> Bound:
         """Check the masks, then look the length bucket up."""
         length = self.shapes.length(call[1])
         for rule in self.rules:
-            if not rule.holds([args[self.place[node]] for node in rule.program.sizes]):
+            if not rule.holds([args[self.place[node]] for node in rule.sizes]):
                 warn(f"a mask changes its form at {length} tokens; such calls run dense")
-                return None
+                return self.bound([], None)
         if length < self.options.min_length:
-            return self.tensor(None)
+            return self.bound(self.first, None)
         slot = call[0], bucket_of(length)
         if slot not in self.buckets:
-            self.buckets[slot] = self.tuned(args, length)
+            self.bind(args, self.tuning(args))
         return self.buckets[slot]
 
-    def tuned(self, args: Sequence[Any], length: int) -> Tensor | None:
-        """The policy tensor of a call's length bucket; None if nothing gains."""
+    def bind(self, args: Sequence[Any], tuning: Tuning | None) -> None:
+        """Let calls like this one run by `tuning`, dense if it is None."""
+        weights, length = self.weights(args), self.shapes.length(self.shapes.sizes(args))
+        bound = self.bound(self.sparse_sites(tuning), tuning, self.layer(args))
+        self.buckets[weights, bucket_of(length)] = bound
+
+    def tuning(self, args: Sequence[Any]) -> Tuning | None:
+        """The tuning for a call, or None if none is to be had."""
+        layer, length = self.layer(args), self.shapes.length(self.shapes.sizes(args))
+        problem = Problem(
+            self.gm, [list(args)], self.sites, self.options, length, weights=layer.sites
+        )
+        found: Tuning | str
         try:
-            tuning = self.tuning(args, length)
+            found = resolve(problem, layer, self.given.get(layer.key))
         except Unusable as reason:
-            JOURNAL.add_sites([SiteReport(s.name, "dense", str(reason)) for s in self.sites])
-            return None
-        return self.tensor(tuning) if self.gains(tuning) else None
+            found = str(reason)
+        report(self.sites, found, layer, first=len(self.layers) == 1)
+        return None if isinstance(found, str) else found
 
-    def gains(self, tuning: Tuning) -> list[Site]:
-        """The sites that a tuning makes sparse."""
-        known = tuning.sites
-        return [s for s in self.sites if s.name in known and known[s.name].decision == "sparse"]
+    def sparse_sites(self, tuning: Tuning | None) -> list[Site]:
+        """The sites that a variant for this tuning makes sparse.
 
-    def tuning(self, args: Sequence[Any], length: int) -> Tuning:
-        """The tuning for a call.
-
-        Raises:
-            Unusable: None is to be had.
+        With fixed sizes those that gain. With symbolic ones all, if any gains: others may gain at
+        another length.
         """
-        problem = Problem(self.gm, [list(args)], self.sites, self.options, length)
-        key = self.key(args)
-        return resolve(problem, key, self.given.get(key))
+        known = tuning.sites if tuning else {}
+        gains = [s for s in self.sites if s.name in known and known[s.name].decision == "sparse"]
+        return self.sites if gains and self.shapes.positions else gains
 
-    def key(self, args: Sequence[Any]) -> str:
-        """The key of the model whose weights the call brings; of the code if it has none."""
+    def bound(self, sites: list[Site], tuning: Tuning | None, layer: Layer | None = None) -> Bound:
+        """A variant with its policies."""
+        names = tuple(site.name for site in sites)
+        if names not in self.variants:
+            dynamic = bool(self.shapes.positions) or not sites
+            self.variants[names] = later(self.rewritten(sites), dynamic, self.options)
+        tuned = self.tensor(sites, tuning)
+        bound = Bound(self.variants[names], sites, tuned, None)
+        if sites:
+            bound.policy = self.effective(bound, layer)
+        return bound
+
+    def rewritten(self, sites: list[Site]) -> GraphModule:
+        """The graph with some sites made sparse; as it came if none is."""
+        if not sites:
+            return self.came
+        options = self.options
+        return rewrite(
+            self.gm, sites, self.tensor(sites, None).to(self.device), selector=options.selector,
+            min_length=options.min_length, compensation=options.compensation,
+        )  # fmt: skip
+
+    def tensor(self, sites: Sequence[Site], tuning: Tuning | None) -> Tensor:
+        """Policies `[sites, Hmax, COLUMNS]` on the host; a site without one is dense."""
+        if not sites:
+            return torch.empty(0)
+        named = [(site.name, site.heads) for site in sites]
+        rule = self.options.rule_for(self.training)
+        return stacked(named, tuning.sites if tuning else {}, rule)
+
+    def effective(self, bound: Bound, layer: Layer | None) -> Tensor:
+        """The policies of a variant, with the layer's budgets."""
+        names = [site.name for site in bound.sites]
+        budgets = {n: b for n, b in layer.budgets.items() if n in names} if layer else {}
+        return with_budgets(bound.tuned, names, budgets).to(self.device)
+
+    def layer(self, args: Sequence[Any]) -> Layer:
+        """The layer whose weights the call brings."""
         weights = self.weights(args)
-        if weights not in self.keys:
+        if weights not in self.layers:
             named = [(name, args[n]) for n, name in self.names.items()]
-            self.keys[weights] = model_key(named, "" if named else self.gm.code)
+            sites = {site.name: site.heads for site in self.sites}
+            self.layers[weights] = layer_of(named, sites, self.gm.code, self.training)
             for _, weight in named:  # an id may be given out again once its tensor is gone
-                weakref.finalize(weight, partial(forget, weakref.ref(self), weights))
-        return self.keys[weights]
+                weakref.finalize(weight, forget, weakref.ref(self), weights)
+        return self.layers[weights]
 
-    def tensor(self, tuning: Tuning | None) -> Tensor:
-        """Policies of all sites, `[sites, Hmax, COLUMNS]`; a site without one is dense."""
-        sites = [(site.name, site.heads) for site in self.sites]
-        return stacked(sites, tuning.sites if tuning else {}).to(self.device)
-
-    def has(self, model: str) -> bool:
-        """Was the graph called with the weights of this model?"""
-        return model in self.keys.values()
+    def has(self, policy: Policy) -> bool:
+        """Was the graph called with the weights of this policy, or with a part of them?"""
+        return any(fits(policy, layer) for layer in self.layers.values())
 
     def use(self, policy: Policy) -> None:
-        """From the next call on take the thresholds of the policy's model from it."""
+        """From the next call on take the thresholds of the layers that it fits from a policy."""
         with LOCK:
-            self.given[policy.model] = policy
-            self.policies.clear()
-            self.buckets.clear()
+            for weights, layer in self.layers.items():
+                if fits(policy, layer):
+                    self.given[layer.key] = policy
+                    purge(self, weights)
+
+    def refresh(self, layer: Layer) -> None:
+        """Take the layer's budgets; a new tensor, since a backward may still read the old one."""
+        with LOCK:
+            for (weights, _), bound in self.buckets.items():
+                if bound.policy is not None and self.layers.get(weights) is layer:
+                    bound.policy = self.effective(bound, layer)
+
+
+def later(gm: GraphModule, dynamic: bool, options: Options) -> Callable[..., Any]:
+    """A variant that compiles when it is first used."""
+    return torch.compile(gm, dynamic=dynamic, options=options.inductor or None)
+
+
+def needs_gradient(site: Site) -> bool:
+    """Will autograd go through the site?"""
+    parts = (site.call.query, site.call.key, site.call.value)
+    return torch.is_grad_enabled() and any(value(part).requires_grad for part in parts)
 
 
 def forget(runner: "weakref.ref[Runner]", weights: Weights) -> None:
     """Drop what a runner knows of weights that are gone."""
     if alive := runner():
-        alive.keys.pop(weights, None)
-        purge(alive.policies, weights)
-        purge(alive.buckets, weights)
+        alive.layers.pop(weights, None)
+        purge(alive, weights)
 
 
-def purge(known: dict[tuple[Weights, Any], Tensor | None], weights: Weights) -> None:
-    """Drop the entries of some weights."""
-    for call in [c for c in list(known) if c[0] == weights]:
-        known.pop(call, None)
-
-
-def weight_names(gm: GraphModule, inputs: Sequence[Any]) -> dict[int, str]:
-    """Places and module paths of the inputs that belong to the model rather than to the call."""
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    sources = [source_name(node) for node in placeholders]
-    return {
-        n: dotted(source)
-        for n, (source, x) in enumerate(zip(sources, inputs, strict=True))
-        if isinstance(x, torch.nn.Parameter) or (isinstance(x, Tensor) and "_buffers" in source)
-    }
-
-
-def source_name(node: Node) -> str:
-    """Where Dynamo found an input, as text."""
-    name = getattr(getattr(node, "_dynamo_source", None), "name", node.name)
-    return str(name() if callable(name) else name)
+def purge(runner: Runner, weights: Weights) -> None:
+    """Drop what the calls of some weights run."""
+    for call in [c for c in list(runner.bounds) if c[0] == weights]:
+        runner.bounds.pop(call, None)
+    for slot in [s for s in list(runner.buckets) if s[0] == weights]:
+        runner.buckets.pop(slot, None)
 
 
 def use_policy(policy: Policy) -> int:
     """Make every running graph of the policy's model use it from the next call on.
 
-    No graph is recompiled.
+    No graph is recompiled. A block that is compiled alone takes the sites of a whole model's
+    policy that were tuned with the block's weights.
 
     Returns:
-        How many graphs took it; 0 if no compiled model has the policy's key.
+        How many graphs took it; 0 if no compiled model has the policy's weights.
     """
-    fitting = [runner for runner in list(RUNNERS) if runner.has(policy.model)]
+    fitting = [runner for runner in list(RUNNERS) if runner.has(policy)]
     for runner in fitting:
         runner.use(policy)
     return len(fitting)
+
+
+def fits(policy: Policy, layer: Layer) -> bool:
+    """Was the policy made with the layer's weights?"""
+    known = {site.weights for tuning in policy.tunings for site in tuning.sites.values()}
+    return policy.model == layer.key or bool(known & set(layer.sites.values()))

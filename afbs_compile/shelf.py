@@ -18,6 +18,7 @@ from afbs_compile.problem import Problem
 from afbs_compile.rulings import Sites
 from afbs_compile.source import LOCK, Unusable, resolve
 from afbs_compile.tracing import Tracer, Untraceable
+from afbs_compile.weights import named
 
 
 class Shelf:
@@ -108,7 +109,7 @@ class Shelf:
         before = self.known.get(bucket)
         try:
             given = self.given if self.given and self.given.model == key else None
-            sites = resolve(problem, key, given).sites
+            sites = resolve(problem, named(key), given).sites
         except Unusable as reason:
             self.known[bucket] = before or str(reason)
             return

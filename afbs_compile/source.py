@@ -12,6 +12,7 @@ import torch
 from afbs_compile import cache
 from afbs_compile.calibrate import calibrate, describe, finished, tuning
 from afbs_compile.carry import carry, neighbour
+from afbs_compile.kernels.data_mask import KINDS
 from afbs_compile.logs import warn
 from afbs_compile.measurements import begun
 from afbs_compile.options import Options
@@ -24,6 +25,7 @@ from afbs_compile.recheck import recheck
 from afbs_compile.report import JOURNAL, CalibrationReport
 from afbs_compile.store import Store
 from afbs_compile.tuner.trace import Trace
+from afbs_compile.weights import Layer
 
 LOGGER = logging.getLogger(__name__)
 LOCK = threading.RLock()  # one calibration at a time: it saturates the device anyway
@@ -33,22 +35,23 @@ class Unusable(ValueError):
     """No tuning can be had; the message is the reason why sites stay dense."""
 
 
-def resolve(problem: Problem, key: str, given: Policy | None = None) -> Tuning:
+def resolve(problem: Problem, layer: Layer, given: Policy | None = None) -> Tuning:
     """The tuning of a problem.
 
     Args:
         problem: Graph, inputs, sites and options.
-        key: The model's key.
+        layer: Whose weights they are; told which policy it runs by.
         given: A policy to use as it is.
 
     Raises:
         Unusable: Nothing fits, and nothing can be measured.
     """
+    key = layer.key
     with LOCK:
         if given is None and problem.options.policy is not None:
-            given = read_given(problem.options, key)
+            given = read_given(problem.options)
         if given is not None:
-            return from_given(given, problem, key)
+            return from_given(given, problem, layer)
         stored = cache.load(key, problem.options.cache_folder)
         known, fitting = look_up(stored, problem)
         if known and len(fitting) == len(problem.sites):
@@ -65,32 +68,54 @@ def look_up(
     return known, finished_sites(fitting_sites(known, problem.sites)) if known else {}
 
 
-def read_given(options: Options, key: str) -> Policy:
+def read_given(options: Options) -> Policy:
     """The policy file of `options={"policy": …}`."""
     assert options.policy is not None
     try:
-        policy = Policy.read(options.policy)
+        return Policy.read(options.policy)
     except PolicyError as error:
         warn(f"{error}. The model runs dense.")
         raise Unusable("the policy file cannot be used") from error
-    if policy.model != key:
-        warn(
-            f"{options.policy} is the policy of model {policy.model}, this is model {key}: the "
-            "weights differ. The model runs dense; make its own with `afbs tune`."
-        )
-        raise Unusable("the policy file is of another model")
-    return policy
 
 
-def from_given(policy: Policy, problem: Problem, key: str) -> Tuning:
+def from_given(policy: Policy, problem: Problem, layer: Layer) -> Tuning:
     """The tuning of a given policy for the problem's length; sites it lacks stay dense."""
     found = policy.find_any(bucket_of(problem.length)) or policy.find_longer(problem.length)
     found = found or next((t for t in policy.tunings if t.holds_at_any_length), None)
+    names = {site.name: site.name for site in problem.sites}
+    if policy.model != layer.key:
+        names = names_by_weights(policy, problem)
+        if not names:
+            warn(
+                f"{problem.options.policy or 'the policy'} is of model {policy.model}, this is "
+                f"model {layer.key}: the weights differ. The model runs dense; make its own with "
+                "`afbs tune`."
+            )
+            raise Unusable("the policy file is of another model")
     if found is None:
         have = ", ".join(str(t.bucket) for t in policy.tunings) or "none"
         raise Unusable(f"the policy has no tuning for {problem.length} tokens (buckets: {have})")
-    note("file", key, problem, None, problem.options.policy)
-    return replace(found, sites=fitting_sites(found, problem.sites))
+    note("file", policy.model, problem, None, problem.options.policy)
+    layer.policy, layer.names = policy.model, names
+    known = {
+        name: replace(found.sites[full], name=name)
+        for name, full in names.items() if full in found.sites
+    }  # fmt: skip
+    return replace(found, sites=fitting_sites(replace(found, sites=known), problem.sites))
+
+
+def names_by_weights(policy: Policy, problem: Problem) -> dict[str, str]:
+    """What a whole model's policy calls the problem's sites: those with the same weights.
+
+    A site whose weights several sites share is left out: which one it is cannot be told.
+    """
+    sites = {s.name: s.weights for t in policy.tunings for s in t.sites.values() if s.weights}
+    found = {}
+    for site, key in problem.weights.items():
+        fitting = [name for name, weights in sites.items() if weights == key]
+        if len(fitting) == 1:
+            found[site] = fitting[0]
+    return found
 
 
 def measure_now(
@@ -193,9 +218,17 @@ def fitting_sites(found: Tuning, sites: Sequence[Site]) -> dict[str, SitePolicy]
 
 
 def fits(policy: SitePolicy, site: Site) -> bool:
-    """Was this policy made for such a site?"""
-    made_for = (len(policy.heads), policy.kv_heads, policy.head_dim, policy.mask)
-    return made_for == (site.heads, site.kv_heads, site.head_dim, describe(site))
+    """Was this policy made for such a site?
+
+    Calls with and without key padding share one: padding shortens texts inside a length bucket.
+    """
+    made_for = (len(policy.heads), policy.kv_heads, policy.head_dim, unpadded(policy.mask))
+    return made_for == (site.heads, site.kv_heads, site.head_dim, unpadded(describe(site)))
+
+
+def unpadded(mask: str) -> str:
+    """A mask's description without key padding."""
+    return mask.replace(f" + {KINDS[0]}", "")
 
 
 def fingerprint(problem: Problem) -> Mapping[str, float | str]:

@@ -37,7 +37,8 @@ class Speed:
 def signature(layer: Layer) -> tuple[object, ...]:
     """What decides the speed of a layer at a given density."""
     q, k = layer.q, layer.k
-    return tuple(q.shape), tuple(k.shape), q.dtype, q.device.type, layer.mask
+    shapes = tuple(q.shape), tuple(k.shape), q.dtype, q.device.type, layer.mask
+    return shapes if layer.data is None else (*shapes, layer.data.kind)
 
 
 class One:
@@ -60,7 +61,9 @@ def measure(layer: Layer, selector: str, compensation: str = "none") -> Speed:
     densities = [float(direct(u, FULL).density.mean()) for u in ends]
     policies = [policy_at(1 - 10.0**-u, layer.q.device) for u in ends]
     calls: list[Callable[[], Tensor]] = [
-        lambda: dispatch.dense(layer.q, layer.k, layer.v, mask=layer.mask, scale=layer.scale),
+        lambda: dispatch.dense(
+            layer.q, layer.k, layer.v, mask=layer.mask, scale=layer.scale, data=layer.data
+        ),
         lambda: direct.run(layer, policies[0]),
         lambda: direct.run(layer, policies[1]),
     ]

@@ -111,7 +111,7 @@ def density(layer: Layer, setting: Setting) -> float:
     """Visited of the visible blocks, mean over the heads."""
     direct = DirectEvaluator(One(layer), "bench", layer.q.shape[1], setting.selector)
     kept, seen = direct.count(layer, uniform(layer, setting.tau))
-    return float(kept.double().mean()) / seen
+    return float(kept.sum() / seen.sum())
 
 
 def install(module: Any) -> Attention:

@@ -26,7 +26,7 @@ from afbs_compile.demo.model import LanguageModel
 from afbs_compile.hybrid_calibration import samples
 from afbs_compile.hybrid_losses import Losses
 from afbs_compile.hybrid_objective import FIGURES
-from afbs_compile.hybridizing import Subject, Wishes, subject
+from afbs_compile.hybrid_subject import Subject, Wishes, subject
 from afbs_compile.progress import OnProgress, Progress
 from afbs_compile.tuner.bosch import Found, Search
 from afbs_compile.tuner.heads import Bits, Impossible, text

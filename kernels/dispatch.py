@@ -2,9 +2,10 @@
 
 | device | selection | attention | blocks |
 |---|---|---|---|
-| CPU | compiled torch | compiled FlexAttention | 64 × 64 |
+| CPU | compiled torch | compiled FlexAttention; `kernels.pairs` with gradients | 64 × 64 |
 | Hopper, Triton 3.6 to 3.8 | Triton | Gluon for half precision, head dim 64 or 128 | 128 × 64 |
 | other CUDA | Triton | Triton | 128 × 64 |
+Masks that depend on data run in Triton's attention everywhere.
 Calls shorter than `min_length` go to SDPA: there is nothing to win. The choice depends on sizes
 and device only, which the host knows: no synchronisation.
 """
@@ -17,10 +18,10 @@ import torch
 from torch import Tensor
 
 from afbs_compile.kernels import compensation as tangents
-from afbs_compile.kernels import flex, selection
+from afbs_compile.kernels import flex, pairs, selection
+from afbs_compile.kernels.data_mask import DataMask, MaskedBlocks, blocked
 from afbs_compile.kernels.fused import fused
-from afbs_compile.kernels.geometry import Mask, token_visible
-from afbs_compile.kernels.policy_columns import COLUMNS
+from afbs_compile.kernels.geometry import Mask, site_tokens
 from afbs_compile.kernels.scores import sub_scores
 
 LOGGER = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ def attention(
     selector: str,
     min_length: int = 0,
     compensation: str = "none",
+    data: DataMask | None = None,
 ) -> Tensor:
     """Select blocks, then attend over them.
 
@@ -68,22 +70,25 @@ def attention(
         selector: `sub8`, `sub4` or `mean`.
         min_length: Below this many queries the call is dense.
         compensation: What stands for a dropped block: `none` or `tangent`.
+        data: The part of the mask that comes with the call.
 
     Returns:
-        `o` `[B, Hq, Lq, D]` in q's dtype.
+        `o` `[B, Hq, Lq, D]` in q's dtype. A row that sees nothing is 0, as SDPA's.
 
     Raises:
-        ValueError: For an unknown selector or compensation.
+        ValueError: For an unknown selector or compensation, or a compensation with `data`.
     """
     tangent = tangents.known(compensation) == "tangent"
     if q.shape[2] < min_length:
-        return dense(q, k, v, mask=mask, scale=scale)
+        return dense(q, k, v, mask=mask, scale=scale, data=data)
+    if data is not None and (reason := no_data_mask(compensation)):
+        raise ValueError(f"afbs::attention has {reason}: use scaled_dot_product_attention")
     if q.device.type == "cuda":
         o, lse, counts, indices = select_and_attend(
-            q, k, v, policy, mask=mask, scale=scale, selector=selector
+            q, k, v, policy, mask=mask, scale=scale, selector=selector, data=data
         )
         return compensated(o, lse, q, k, v, counts, indices, policy, mask, scale) if tangent else o
-    return on_cpu(q, k, v, policy, mask, scale, selector, tangent)[0]
+    return on_cpu(q, k, v, policy, mask, scale, selector, tangent, data)[0]
 
 
 def on_cpu(
@@ -95,12 +100,14 @@ def on_cpu(
     scale: float,
     selector: str,
     tangent: bool,
+    data: DataMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention` without a GPU: `o`, and how many blocks each query block visited."""
     block_m, block_n = block_sizes(q.device.type)
+    masked = blocked(data, mask, q.shape[2], k.shape[2], block_m=block_m, block_n=block_n)
     counts, indices = selection.select(
         q, k, policy, mask=mask, scale=scale, selector=selector, block_m=block_m, block_n=block_n,
-        core=fused_scores(q, k, selector),
+        core=fused_scores(q, k, selector, masked), masked=masked,
     )  # fmt: skip
     beside = None
     if tangent:
@@ -110,30 +117,49 @@ def on_cpu(
         )  # fmt: skip
     o = flex.forward(
         q, k, v, counts, indices, policy,
-        mask=mask, scale=scale, block_m=block_m, block_n=block_n, beside=beside,
+        mask=mask, scale=scale, block_m=block_m, block_n=block_n, beside=beside, masked=masked,
     )  # fmt: skip
     return o, counts
 
 
 def select_and_attend(
-    q: Tensor, k: Tensor, v: Tensor, policy: Tensor, *, mask: Mask, scale: float, selector: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    selector: str,
+    data: DataMask | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`attention` on a GPU, with what its backward needs beside o.
+    """`attention` with what its backward needs beside o.
 
     Returns:
         `o`, `lse` fp32 `[B, Hq, Lq]`, and the block lists `counts` and `indices`.
     """
-    from afbs_compile.kernels import triton_selection
-
     block_m, block_n = block_sizes(q.device.type)
     blocks = {"block_m": block_m, "block_n": block_n}
+    if data is None and by_pairs(q.device.type):
+        counts, indices = selection.select(
+            q, k, policy, mask=mask, scale=scale, selector=selector,
+            block_m=block_m, block_n=block_n, core=fused_scores(q, k, selector),
+        )  # fmt: skip
+        o, lse = pairs.forward(q, k, v, counts, indices, policy, mask=mask, scale=scale, **blocks)
+        return o, lse, counts, indices
+    from afbs_compile.kernels import triton_selection
+
     counts, indices, counter = triton_selection.select_counted(
-        q, k, policy, mask=mask, scale=scale, selector=selector, **blocks
+        q, k, policy, mask=mask, scale=scale, selector=selector, data=data, **blocks
     )
-    run = gpu_forward(q, k, v, **blocks)
-    o, lse = run(
-        q, k, v, counts, indices, policy, mask=mask, scale=scale, counter=counter, **blocks
-    )
+    more: dict[str, Tensor | DataMask] = {"counter": counter}
+    if data is None:
+        run = gpu_forward(q, k, v, **blocks)
+    else:
+        from afbs_compile.kernels import triton_forward
+
+        run, more = triton_forward.forward, {"data": data}
+    o, lse = run(q, k, v, counts, indices, policy, mask=mask, scale=scale, **more, **blocks)
     return o, lse, counts, indices
 
 
@@ -159,14 +185,29 @@ def compensated(
     )[0]  # fmt: skip
 
 
+def no_data_mask(compensation: str) -> str | None:
+    """Why calls whose mask depends on data cannot run, or None if they can."""
+    if compensation != "none":
+        return f"no masks that depend on data with compensation {compensation!r}"
+    return None
+
+
 def no_compensated_backward(compensation: str) -> str | None:
     """Why calls with a compensation cannot be differentiated, or None if they can."""
     return None if compensation == "none" else f"no backward with compensation {compensation!r}"
 
 
-def no_backward(device_type: str) -> str | None:
+def no_backward(device_type: str, data_mask: bool = False) -> str | None:
     """Why calls on a device cannot be differentiated, or None if they can."""
-    return None if device_type == "cuda" else f"no backward on {device_type.upper()}"
+    if data_mask:
+        return "no backward under a mask that depends on data"
+    known = device_type in ("cpu", "cuda")
+    return None if known else f"no backward on {device_type.upper()}"
+
+
+def by_pairs(device_type: str) -> bool:
+    """Do calls that need gradients go through `kernels.pairs` rather than Triton?"""
+    return device_type == "cpu"
 
 
 def backward(
@@ -184,16 +225,21 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `select_and_attend` with its blocks held fixed: `dq`, `dk`, `dv`."""
-    from afbs_compile.kernels import triton_backward
-
     block_m, block_n = block_sizes(q.device.type)
-    return triton_backward.backward(
+    run = pairs.backward
+    if not by_pairs(q.device.type):
+        from afbs_compile.kernels import triton_backward
+
+        run = triton_backward.backward
+    return run(
         do, q, k, v, o, lse, counts, indices, policy,
         mask=mask, scale=scale, block_m=block_m, block_n=block_n,
     )  # fmt: skip
 
 
-def kernel_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def kernel_of(
+    device: torch.device, dtype: torch.dtype, head_dim: int, data_mask: bool = False
+) -> str:
     """The attention kernel for such calls, in words, and why it is not the fastest one."""
     if device.type != "cuda":
         return "FlexAttention"
@@ -204,6 +250,8 @@ def kernel_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
         reason = f"Gluon takes half precision, not {dtype}"
     if reason is None and head_dim not in (64, 128):
         reason = f"Gluon takes head dims 64 and 128, not {head_dim}"
+    if reason is None and data_mask:
+        reason = "Gluon takes no mask that depends on data"
     return "Gluon" if reason is None else f"Triton: {reason}"
 
 
@@ -224,20 +272,35 @@ def gpu_forward(
     return triton_forward.forward
 
 
-def fused_scores(q: Tensor, k: Tensor, selector: str) -> Callable[..., Tensor]:
+def fused_scores(
+    q: Tensor, k: Tensor, selector: str, masked: MaskedBlocks | None = None
+) -> Callable[..., Tensor]:
     """`scores.sub_scores` fused by Inductor, once for all lengths."""
     kind = (min(q.shape[0], 2), q.shape[1], k.shape[1], q.shape[3], selector)
-    return fused(sub_scores, kind)
+    if masked is None:
+        return fused(sub_scores, kind)
+    return fused(sub_scores, (*kind, *(n == 1 for n in masked.some.shape[:2])))
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float) -> Tensor:
-    """SDPA under the site's mask; what a sparse call is measured against."""
-    causal = mask.causal and mask.offset == 0 and not mask.window
+def dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    data: DataMask | None = None,
+) -> Tensor:
+    """SDPA under the whole mask; what a sparse call is measured against."""
+    causal = mask.causal and mask.offset == 0 and not mask.window and data is None
     attn_mask = None
     if mask.causal and not causal:
         i = torch.arange(q.shape[2], device=q.device)
         j = torch.arange(k.shape[2], device=q.device)
-        attn_mask = token_visible(mask, q.new_zeros((1, COLUMNS), dtype=torch.float32), i, j)
+        attn_mask = site_tokens(mask, i, j)
+    if data is not None:
+        tokens = data.tokens(0, q.shape[2])
+        attn_mask = tokens if attn_mask is None else tokens & attn_mask
     return torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )

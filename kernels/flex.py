@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from afbs_compile.kernels.data_mask import MaskedBlocks
 from afbs_compile.kernels.fused import fused
 from afbs_compile.kernels.geometry import Blocks, Mask, head_full, window_columns
 from afbs_compile.kernels.lists import from_keep, to_keep
@@ -38,12 +39,13 @@ def forward(
     block_m: int,
     block_n: int,
     beside: tuple[Tensor, Tensor] | None = None,
+    masked: MaskedBlocks | None = None,
 ) -> Tensor:
     """Attention over block lists; arguments as in `kernels.reference.forward`.
 
     `beside` is the output `[B, Hq, Lq, D]` and the lse `[B, Hq, Lq]`, both fp32, of attention over
     other keys that stand in the same softmax; a query block has either no such rows (lse −inf) or
-    no others.
+    no others. `masked` is the part of the mask that comes with the call; not both.
 
     Returns:
         `o` `[B, Hq, Lq, D]` in q's dtype.
@@ -53,6 +55,10 @@ def forward(
     # a short last key block is partial: FlexAttention reads whole blocks
     whole = kb.last - kb.first + 1 == block_n
     full = head_full(mask, policy, qb, kb) & whole
+    elements = None
+    if masked is not None:
+        full = full & masked.every
+        elements = fixed(masked.data.tokens(0, q.shape[2]))
     partial, full = keep & ~full, keep & full
     q, k, v = q.detach(), k.detach(), v.detach()  # FlexAttention looks at requires_grad alone
     batch, heads, _, dim = q.shape
@@ -63,13 +69,26 @@ def forward(
         ends = torch.tensor([k.shape[2], len(kb) * block_n])
         q, k, v, scale = with_key(q, k, v, beside[1], scale, block_n)
     kind = (min(batch, 2), heads, k.shape[1], dim, q.dtype, block_m, block_n, ends is None)
-    out: Tensor = fused(attend, kind)(
+    out: Tensor = fused(attend, (*kind, *(() if elements is None else elements.shape)))(
         q, k, v, *from_keep(partial), *from_keep(full), *limits(policy, mask),
-        block_m, block_n, scale, ends,
+        block_m, block_n, scale, ends, elements,
     )  # fmt: skip
     if beside is None:
         return out
     return (out[..., :dim] + out[..., dim : dim + 1] * beside[0]).to(q.dtype)
+
+
+def fixed(tokens: Tensor) -> Tensor:
+    """A bool `[B', H', M, Lk]` with both lengths raised to powers of two, of static shape.
+
+    Inductor takes one symbolic size for another in what a `mask_mod` captures: it replaces names
+    that are prefixes of others. So each power of two has a compilation of its own.
+    """
+    sizes = [n if n == 1 else 1 << (n - 1).bit_length() for n in tokens.shape[2:]]
+    result = tokens.new_zeros(*tokens.shape[:2], *sizes)
+    result[:, :, : tokens.shape[2], : tokens.shape[3]] = tokens
+    torch._dynamo.mark_static(result)
+    return result
 
 
 def has_key(lse: Tensor, block_m: int) -> Tensor:
@@ -129,15 +148,20 @@ def attend(
     block_n: int,
     scale: float,
     ends: Tensor | None = None,
+    elements: Tensor | None = None,
 ) -> Tensor:
     """The function that is compiled: FlexAttention over partial and full lists.
 
-    `ends` is the number of keys and the position of the key of `with_key`, if there is one.
+    `ends` is the number of keys and the position of the key of `with_key`, if there is one;
+    `elements` is from `fixed`.
     """
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         site = (j <= i + high[h]) & (j > i + low[h])
         seen = site & ((j > i + near[h]) | (j < sink[h]))
+        if elements is not None:
+            at = (x if n > 1 else 0 for x, n in zip((b, h, i), elements.shape, strict=False))
+            seen = seen & elements[*at, j]
         return seen if ends is None else seen & (j < ends[0]) | (j >= ends[1])
 
     block_mask = BlockMask.from_kv_blocks(

@@ -24,5 +24,5 @@ def fused(function: Callable[..., Any], kind: Hashable) -> Callable[..., Any]:
     """
     assert isinstance(function, types.FunctionType)
     code = function.__code__.replace(co_name=f"{function.__name__}_{abs(hash(kind)):x}")
-    own = types.FunctionType(code, function.__globals__, function.__name__)
+    own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
     return torch.compile(own, dynamic=True, fullgraph=True)

@@ -88,13 +88,17 @@ def head_full(mask: Mask, policy: Tensor, q: Blocks, k: Blocks) -> Tensor:
     return site_full(mask, q, k)[None] & (inside | ~windowed)
 
 
+def site_tokens(mask: Mask, i: Tensor, j: Tensor) -> Tensor:
+    """Bool `[len(i), len(j)]`: may query i see key j under the site's mask?"""
+    low, high = mask.spans(i, i)
+    return (j[None] <= high[:, None]) & (j[None] >= low[:, None])
+
+
 def token_visible(mask: Mask, policy: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """Bool `[H, len(i), len(j)]`: may the head's query i see key j?"""
     windowed, window, sink = window_columns(policy)
-    low, high = mask.spans(i, i)
-    seen = (j[None] <= high[:, None]) & (j[None] >= low[:, None])
     inside = (j > i[None, :, None] + mask.offset - window) | (j < sink)
-    return seen[None] & (inside | ~windowed)
+    return site_tokens(mask, i, j)[None] & (inside | ~windowed)
 
 
 def window_columns(policy: Tensor) -> tuple[Tensor, Tensor, Tensor]:

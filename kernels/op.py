@@ -13,12 +13,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from afbs_compile.kernels import dispatch, train_op
+from afbs_compile.kernels.data_mask import gathered
 from afbs_compile.kernels.geometry import Mask
 
 LIBRARY: Any = torch.library.Library("afbs", "DEF")  # type: ignore[no-untyped-call]
 LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor policy, bool causal, SymInt offset, "
-    "int window, float scale, str selector, int min_length, str compensation='none') -> Tensor",
+    "int window, float scale, str selector, int min_length, str compensation='none', "
+    "Tensor? keys=None, Tensor? q_segments=None, Tensor? k_segments=None, Tensor? elements=None"
+    ") -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -35,8 +38,11 @@ def attention(
     selector: str,
     min_length: int,
     compensation: str = "none",
+    *data: Tensor | None,
 ) -> Tensor:
     """Real implementation; arguments as in `kernels.dispatch.attention`.
+
+    `data` are the parts of a mask that come with the call, as `data_mask.gathered` takes them.
 
     Raises:
         ValueError: Batches of q, k and v, or lengths of k and v, differ.
@@ -47,6 +53,7 @@ def attention(
     out = dispatch.attention(
         q, k, v, policy, mask=Mask(causal, offset, window),
         scale=scale, selector=selector, min_length=min_length, compensation=compensation,
+        data=gathered(data, (q.shape[2], k.shape[2])),
     )  # fmt: skip
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -81,22 +88,27 @@ def attention_autograd(
     selector: str,
     min_length: int,
     compensation: str = "none",
+    *data: Tensor | None,
 ) -> Tensor:
     """Run what needs no gradient below autograd, everything else through the training op.
 
     Raises:
-        RuntimeError: An input needs a gradient on a device, or with a compensation, without a
-            backward.
+        RuntimeError: An input needs a gradient on a device, with a compensation, or under a mask
+            that depends on data, without a backward.
     """
     site = causal, offset, window, scale, selector
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
         with torch._C._AutoDispatchBelowAutograd(), torch.no_grad():
             run = torch.ops.afbs.attention
-            return cast(Tensor, run(q, k, v, policy, *site, min_length, compensation))
+            return cast(Tensor, run(q, k, v, policy, *site, min_length, compensation, *data))
     if q.shape[2] < min_length:
-        out = dispatch.dense(q, k, v, mask=Mask(causal, offset, window), scale=scale)
+        parts = gathered(data, (q.shape[2], k.shape[2]))
+        out = dispatch.dense(q, k, v, mask=Mask(causal, offset, window), scale=scale, data=parts)
         return out.transpose(1, 2).contiguous().transpose(1, 2)
-    reason = dispatch.no_backward(q.device.type) or dispatch.no_compensated_backward(compensation)
+    masked = any(part is not None for part in data)
+    reason = dispatch.no_backward(q.device.type, masked) or dispatch.no_compensated_backward(
+        compensation
+    )
     if reason is not None:
         raise RuntimeError(
             f"afbs::attention has {reason}: call it under torch.no_grad() or "

@@ -11,6 +11,7 @@ LAMBDA = 3  # PV skip, log2 units, below 0; -inf and 0 are off; read by the Gluo
 WINDOW = 4  # keys a query of a windowed head sees, itself included
 SINK = 5  # tokens at the start that are always visible
 NEIGHBOURS = 6  # key blocks before the diagonal that are always kept
+BUDGET = 7  # share of the visible blocks kept, in (0, 1], in place of tau; 0 is off
 COLUMNS = 8
 
 DENSE = 0.0

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from afbs_compile.kernels.compensation import contributions, known
+from afbs_compile.kernels.data_mask import DataMask, blocked
 from afbs_compile.kernels.geometry import Blocks, Mask, head_full, head_visible, token_visible
 from afbs_compile.kernels.scores import block_scores
 from afbs_compile.kernels.selection import forced_blocks
@@ -41,7 +42,7 @@ class Profile:
         before: fp32 `[B, H, R, N]`, score mass ranked before the n-th droppable block; +inf pads.
         norm: fp32 `[B, H, R]`, Σ|o*|.
         forced: int32 `[B, H, R]`, blocks that are kept whatever tau is.
-        visible: int32 `[H, R]`, blocks that are visible.
+        visible: int64 `[B, H, R]`, blocks that are visible.
     """
 
     rows: Tensor
@@ -67,6 +68,7 @@ def profile(
     rows: Tensor | None = None,
     lambdas: Sequence[float] = OFF,
     compensation: str = "none",
+    data: DataMask | None = None,
 ) -> Profile:
     """Profile one attention call; every head is taken as sparse.
 
@@ -83,29 +85,34 @@ def profile(
         rows: Query blocks to look at; all by default.
         lambdas: Levels in log2 units; −inf leaves nothing out.
         compensation: What stands for a dropped block: `none` or `tangent`.
+        data: The part of the mask that comes with the call; without a compensation.
     """
     tangent = known(compensation) == "tangent"
+    masked = blocked(data, mask, q.shape[2], k.shape[2], block_m=block_m, block_n=block_n)
     scores, gated = block_scores(
-        q, k, policy, mask=mask, scale=scale, selector=selector, block_m=block_m, block_n=block_n
-    )
+        q, k, policy, mask=mask, scale=scale, selector=selector, block_m=block_m, block_n=block_n,
+        masked=masked,
+    )  # fmt: skip
     qb, kb = Blocks.of(q.shape[2], block_m, q.device), Blocks.of(k.shape[2], block_n, q.device)
-    visible = head_visible(mask, policy, qb, kb)
-    forced = (forced_blocks(mask, policy, qb, kb, block_n) | gated) & visible
+    visible = head_visible(mask, policy, qb, kb).expand(scores.shape)
+    if masked is not None:
+        visible = visible & masked.some
+    forced = (forced_blocks(mask, policy, qb, kb, block_n, masked) | gated) & visible
     if rows is None:
         rows = torch.arange(len(qb), device=q.device)
-    order, before = ranking(scores[:, :, rows], forced[:, :, rows], visible[:, rows])
+    order, before = ranking(scores[:, :, rows], forced[:, :, rows], visible[:, :, rows])
     kf, vf = pad_keys(k, block_n), pad_keys(v, block_n)
     found = []
     for r, row in enumerate(rows.tolist()):
         i = torch.arange(row * block_m, min((row + 1) * block_m, q.shape[2]), device=q.device)
         found.append(
             row_errors(q[:, :, i], i, kf, vf, k.shape[2], order[:, :, r], policy, lambdas,
-                       mask=mask, scale=scale, block_n=block_n, tangent=tangent)
+                       mask=mask, scale=scale, block_n=block_n, tangent=tangent, data=data)
         )  # fmt: skip
     error, computed, norm = (torch.stack(parts, -2) for parts in zip(*found, strict=True))
     kept = forced[:, :, rows].sum(-1, dtype=torch.int32)
     error, computed = shift(error, kept), shift(computed, kept)
-    return Profile(rows, error, computed, before, norm[..., 0], kept, visible[:, rows].sum(-1))
+    return Profile(rows, error, computed, before, norm[..., 0], kept, visible[:, :, rows].sum(-1))
 
 
 def ranking(scores: Tensor, forced: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,8 +125,7 @@ def ranking(scores: Tensor, forced: Tensor, visible: Tensor) -> tuple[Tensor, Te
     by_score = torch.argsort(scores, dim=-1, descending=True, stable=True)
     ranked = scores.gather(-1, by_score)
     mass = ranked.cumsum(-1) - ranked
-    seen = visible.expand(scores.shape)
-    group = torch.where(forced, 0, torch.where(seen, 1, 2)).gather(-1, by_score)
+    group = torch.where(forced, 0, torch.where(visible, 1, 2)).gather(-1, by_score)
     stable = torch.argsort(group, dim=-1, stable=True)
     mass = torch.where(group == 1, mass, torch.inf)
     droppable = torch.argsort((group != 1).to(torch.uint8), dim=-1, stable=True)
@@ -140,6 +146,7 @@ def row_errors(
     scale: float,
     block_n: int,
     tangent: bool,
+    data: DataMask | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tables of one query block by blocks kept.
 
@@ -153,6 +160,9 @@ def row_errors(
         reach = max(1, min(blocks, (int(i[-1]) + mask.offset) // block_n + 1))
     j = torch.arange(reach * block_n, device=q.device)
     seen = token_visible(mask, policy, i, j) & (j < length_k)
+    if data is not None:
+        tokens = data.tokens(int(i[0]), int(i[-1]) + 1)[..., : len(j)]
+        seen = seen & torch.nn.functional.pad(tokens, (0, len(j) - tokens.shape[-1]))
     k, v = k[:, :, : len(j)], v[:, :, : len(j)]
     weight, pv, gain, top = partials(q, k, v, seen, scale, block_n)
     # row n of `kept` sums the n + 1 blocks that rank first: a product is faster than a cumsum

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from afbs_compile.kernels.data_mask import DataMask
 from afbs_compile.kernels.geometry import Mask, token_visible
 from afbs_compile.kernels.lists import to_keep
 
@@ -24,6 +25,7 @@ def forward(
     scale: float,
     block_m: int,
     block_n: int,
+    data: DataMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over block lists.
 
@@ -38,6 +40,7 @@ def forward(
         scale: Multiplier on q·k.
         block_m: Query block, tokens.
         block_n: Key block, tokens.
+        data: The part of the mask that comes with the call.
 
     Returns:
         `o` in q's dtype, `[B, Hq, Lq, D]`, and `lse` fp32 `[B, Hq, Lq]`, natural log. A row that
@@ -52,6 +55,8 @@ def forward(
         rows = q[:, :, start : start + block_m].float()
         i = torch.arange(start, start + rows.shape[2], device=q.device)
         seen = token_visible(mask, policy, i, j) & kept[:, :, n, None]
+        if data is not None:
+            seen = seen & data.tokens(start, start + block_m)
         scores = (rows @ kf.transpose(-1, -2) * scale).masked_fill(~seen, -math.inf)
         lse = scores.logsumexp(-1)
         p = torch.exp(scores - lse.clamp(min=-1e30)[..., None])

@@ -55,7 +55,7 @@ def train(
         q, k, v, policy, mask=Mask(causal, offset, window), scale=scale, selector=selector
     )
     # selection may put both lists into one memory; an op's results must have each their own
-    return o, lse, counts.clone(), indices.clone()
+    return as_rows(o), lse.contiguous(), counts.clone(), indices.clone()
 
 
 def train_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Saved:
@@ -87,10 +87,16 @@ def backward(
     scale: float,
 ) -> Gradients:
     """Gradients; arguments as in `dispatch.backward`."""
-    return dispatch.backward(
+    dq, dk, dv = dispatch.backward(
         do, q, k, v, o, lse, counts, indices, policy,
         mask=Mask(causal, offset, window), scale=scale,
     )  # fmt: skip
+    return as_rows(dq), as_rows(dk), as_rows(dv)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """`x` itself if its memory is `[B, L, H, D]`, else a copy that is."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def backward_fake(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Gradients:

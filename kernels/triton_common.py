@@ -25,6 +25,7 @@ LAMBDA = tl.constexpr(col.LAMBDA)
 WINDOW = tl.constexpr(col.WINDOW)
 SINK = tl.constexpr(col.SINK)
 NEIGHBOURS = tl.constexpr(col.NEIGHBOURS)
+BUDGET = tl.constexpr(col.BUDGET)
 COLUMNS = tl.constexpr(col.COLUMNS)
 SPARSE = tl.constexpr(col.SPARSE)
 WINDOWED = tl.constexpr(col.WINDOWED)
@@ -49,6 +50,12 @@ def end_block(key, length, BLOCK: tl.constexpr):
     """One past the last block that holds a position <= `key`."""
     end = tl.minimum(tl.maximum(key, 0) // BLOCK + 1, tl.cdiv(length, BLOCK))
     return tl.where(key < 0, 0, end)
+
+
+@triton.jit
+def gate_of(policy):
+    """Self-similarity below which the head of a policy row is gated; a budget has no gate."""
+    return tl.where(tl.load(policy + BUDGET) > 0.0, -1.0, tl.load(policy + THETA))
 
 
 def interpreted() -> bool:

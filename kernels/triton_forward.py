@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from afbs_compile.kernels.data_mask import DataMask
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.kernels.triton_common import (
     COLUMNS,
@@ -30,6 +31,7 @@ from afbs_compile.kernels.triton_common import (
     shared_memory_bytes,
     site_window,
 )
+from afbs_compile.kernels.triton_mask import MASK_STRIDES, Parts, data_seen
 
 NO_WINDOW = tl.constexpr(UNLIMITED)
 
@@ -64,14 +66,16 @@ def load_rows(rows, d, D: tl.constexpr, D_PADDED: tl.constexpr):
         return tl.load(rows + d[None, :], mask=(d < D)[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=[*LENGTHS, *MASK_STRIDES])
 def forward_kernel(
-    Q, K, V, O, LSE, COUNTS, INDICES, POLICY, scale_log2,
+    Q, K, V, O, LSE, COUNTS, INDICES, POLICY, KEYS, Q_SEGMENTS, K_SEGMENTS, ELEMENTS, scale_log2,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl,
     stride_vb, stride_vh, stride_vl, stride_ob, stride_oh, stride_ol,
     heads, group, length_q, length_k, blocks_q, blocks_k, offset, window,
+    stride_keys, stride_qs, stride_ks, stride_eb, stride_eh, stride_eq, stride_ek,
     D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_KEYS: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     """Output and lse of `TILE_M` queries of one head; all of them lie in one query block."""
     tiles = tl.cdiv(length_q, TILE_M)
@@ -113,6 +117,9 @@ def forward_kernel(
     count = tl.load(COUNTS + row)
     list_row = INDICES + row * blocks_k
     whole = tl.where(windowed | (window < NO_WINDOW), 0, count)
+    DATA: tl.constexpr = HAS_KEYS or HAS_SEGMENTS or HAS_ELEMENTS
+    if DATA:
+        whole = 0
     if whole > 0:
         whole = whole_blocks(list_row, whole, first_high, BLOCK_N)
     for t in range(0, whole * PARTS):
@@ -128,13 +135,21 @@ def forward_kernel(
         # a key that no row of the tile sees is never read: its NaN could leak through 0 * NaN
         inside = (n >= first + offset - reach + 1) | (n < sink)
         wanted = (n >= first + offset - window + 1) & (n <= last_high) & inside
+        shown = wanted[None, :]
+        if DATA:
+            shown = data_seen(
+                KEYS, Q_SEGMENTS, K_SEGMENTS, ELEMENTS, stride_keys, stride_qs, stride_ks,
+                stride_eb, stride_eh, stride_eq, stride_ek, b, h, i, n, i < length_q, wanted,
+                HAS_KEYS, HAS_SEGMENTS, HAS_ELEMENTS,
+            )  # fmt: skip
+            wanted &= tl.max(shown.to(tl.int32), 0) > 0
         kv_mask = wanted[:, None] & (d < D)[None, :]
         n_rows = n.to(tl.int64)[:, None]
         k = tl.load(k_head + n_rows * stride_kl + d[None, :], mask=kv_mask, other=0.0)
         v = tl.load(v_head + n_rows * stride_vl + d[None, :], mask=kv_mask, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         seen = (n[None, :] >= near[:, None]) | (n < sink)[None, :]
-        seen &= (n[None, :] >= low[:, None]) & (n[None, :] <= high[:, None])
+        seen &= (n[None, :] >= low[:, None]) & (n[None, :] <= high[:, None]) & shown
         s = tl.where(seen, s, -float("inf"))
         total, top, acc = softmax_step(s, v, total, top, acc, scale_log2)
 
@@ -191,6 +206,7 @@ def forward(
     block_m: int,
     block_n: int,
     counter: Tensor | None = None,
+    data: DataMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over block lists; no host synchronisation, can be captured in a CUDA graph.
 
@@ -206,6 +222,7 @@ def forward(
         block_m: Query block, tokens; a power of two from 16 on.
         block_n: Key block, tokens; a power of two from 16 on.
         counter: Taken for the signature of `kernels.gluon_forward`; not used.
+        data: The part of the mask that comes with the call; looked at in every listed block.
 
     Returns:
         `o` in q's dtype, `[B, Hq, Lq, D]` over `[B, Lq, Hq, D]` memory, and `lse` fp32
@@ -226,14 +243,16 @@ def forward(
     o = torch.empty(batch, length_q, heads, head_dim, dtype=q.dtype, device=q.device)
     o = o.transpose(1, 2)
     lse = torch.empty(batch, heads, length_q, dtype=torch.float32, device=q.device)
+    parts = Parts.of(data, policy)
     with on_device(q):
         forward_kernel[(batch * heads * triton.cdiv(length_q, tile_m),)](
-            q, k, v, o, lse, counts, indices, policy, scale * LOG2E,
+            q, k, v, o, lse, counts, indices, policy, *parts.tensors, scale * LOG2E,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
             heads, heads // k.shape[1], length_q, k.shape[2], *indices.shape[-2:],
-            mask.offset, site_window(mask),
+            mask.offset, site_window(mask), *parts.strides,
             D=head_dim, D_PADDED=padded, BLOCK_M=block_m, BLOCK_N=block_n, TILE_M=tile_m,
-            TILE_N=tile_n, CAUSAL=mask.causal,
+            TILE_N=tile_n, CAUSAL=mask.causal, HAS_KEYS=parts.present[0],
+            HAS_SEGMENTS=parts.present[1], HAS_ELEMENTS=parts.present[2],
             num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
     return o.to(dtype), lse

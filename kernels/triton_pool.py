@@ -16,6 +16,7 @@ from torch import Tensor
 
 from afbs_compile.kernels.launch import aligned, launch
 from afbs_compile.kernels.triton_common import (
+    BUDGET,
     COLUMNS,
     LENGTHS,
     MODE,
@@ -44,7 +45,9 @@ def needs_scores(policy, h, count, GROUP: tl.constexpr):
     row = policy + (h + g) * COLUMNS
     mode = tl.load(row + MODE, g < count, 0.0)
     tau = tl.load(row + TAU, g < count, 1.0)
-    return tl.max(((mode == SPARSE) & (tau < 1.0)).to(tl.int32), 0)
+    budget = tl.load(row + BUDGET, g < count, 1.0)
+    share = tl.where(budget > 0.0, budget, tau)
+    return tl.max(((mode == SPARSE) & (share < 1.0)).to(tl.int32), 0)
 
 
 @triton.jit
@@ -58,26 +61,36 @@ def column(n, FOLD: tl.constexpr):
 
 @triton.jit
 def pool_tile(
-    x_head, means, similarity, n, stride_l, length, blocks, rows,
+    x_head, means, similarity, valid, n, stride_l, length, blocks, rows,
     D: tl.constexpr, D_PADDED: tl.constexpr, SIZE: tl.constexpr, FOLD: tl.constexpr,
-    TILE: tl.constexpr, COSINE: tl.constexpr,
+    TILE: tl.constexpr, COSINE: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
-    """Means of the blocks `n` of `SIZE` tokens; with `COSINE` |mean of unit vectors|² too."""
+    """Means of the blocks `n` of `SIZE` tokens; with `COSINE` |mean of unit vectors|² too.
+
+    With `SOME` only the valid tokens count.
+    """
     d = tl.arange(0, D_PADDED)
     total = tl.zeros([TILE, D_PADDED], tl.float32)
     units = tl.zeros([TILE, D_PADDED], tl.float32)
+    tokens = tl.maximum(tl.minimum(length - n * SIZE, SIZE), 1).to(tl.float32)
+    if SOME:
+        tokens = tl.zeros([TILE], tl.float32)
     for start in range(0, SIZE, UNROLL):
         for step in tl.static_range(UNROLL):
             if step < SIZE:
                 i = n * SIZE + start + step
                 x_mask = (i < length)[:, None] & (d < D)[None, :]
+                if SOME:
+                    there = tl.load(valid + i, i < length, 0) != 0
+                    x_mask &= there[:, None]
+                    tokens += there.to(tl.float32)
                 x = tl.load(x_head + i.to(tl.int64)[:, None] * stride_l + d[None, :], x_mask, 0.0)
                 x = x.to(tl.float32)
                 total += x
                 if COSINE:
                     norm = tl.sqrt(tl.sum(x * x, 1))
                     units += x / tl.maximum(norm, 1e-12)[:, None]
-    tokens = tl.maximum(tl.minimum(length - n * SIZE, SIZE), 1).to(tl.float32)
+    tokens = tl.maximum(tokens, 1.0)
     mean = (total / tokens[:, None]).to(means.dtype.element_ty)
     row = column(n, FOLD)
     tl.store(means + row[:, None] * D_PADDED + d[None, :], mean, mask=(n < rows)[:, None])
@@ -86,13 +99,15 @@ def pool_tile(
         tl.store(similarity + n, tl.sum(units * units, 1), mask=n < blocks)
 
 
-@triton.jit(do_not_specialize=[*LENGTHS[:6], "rows_k", "programs_q"])
+@triton.jit(do_not_specialize=[*LENGTHS[:6], "rows_k", "programs_q", "stride_valid"])
 def pool_kernel(
-    Q, K, Q_MEANS, K_MEANS, Q_SIMILARITY, K_SIMILARITY, POLICY,
+    Q, K, Q_MEANS, K_MEANS, Q_SIMILARITY, K_SIMILARITY, POLICY, VALID,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl,
     heads, group, length_q, length_k, blocks_q, blocks_k, rows_k, programs_q,
+    stride_valid,
     D: tl.constexpr, D_PADDED: tl.constexpr, SIZE_Q: tl.constexpr, SIZE_K: tl.constexpr,
     FOLD: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, COSINE: tl.constexpr,
+    SOME: tl.constexpr,
 ):  # fmt: skip
     """`TILE` blocks of one head of q or of k; nothing for a head whose blocks need no scores."""
     pid = tl.program_id(0)
@@ -104,8 +119,8 @@ def pool_kernel(
             x_head = Q + bh // heads * stride_qb + bh % heads * stride_qh
             means = Q_MEANS + bh * blocks_q * D_PADDED
             pool_tile(
-                x_head, means, Q_SIMILARITY + bh * blocks_q, n, stride_ql, length_q, blocks_q,
-                blocks_q, D, D_PADDED, SIZE_Q, 1, TILE, COSINE,
+                x_head, means, Q_SIMILARITY + bh * blocks_q, VALID, n, stride_ql, length_q,
+                blocks_q, blocks_q, D, D_PADDED, SIZE_Q, 1, TILE, COSINE, False,
             )  # fmt: skip
     else:
         tiles = tl.cdiv(rows_k, TILE)
@@ -116,8 +131,9 @@ def pool_kernel(
             x_head = K + bh // kv_heads * stride_kb + bh % kv_heads * stride_kh
             means = K_MEANS + bh * rows_k * D_PADDED
             pool_tile(
-                x_head, means, K_SIMILARITY + bh * blocks_k, n, stride_kl, length_k, blocks_k,
-                rows_k, D, D_PADDED, SIZE_K, FOLD, TILE, COSINE,
+                x_head, means, K_SIMILARITY + bh * blocks_k,
+                VALID + bh // kv_heads * stride_valid, n, stride_kl, length_k, blocks_k,
+                rows_k, D, D_PADDED, SIZE_K, FOLD, TILE, COSINE, SOME,
             )  # fmt: skip
 
 
@@ -142,6 +158,7 @@ def pool(
     fold_k: int,
     step_k: int,
     cosine: bool,
+    valid: Tensor | None = None,
 ) -> Pooled:
     """Means of blocks of q and k, and with `cosine` their self-similarity.
 
@@ -154,6 +171,7 @@ def pool(
         fold_k: Blocks of k that are added up later; above 1 they are ordered for that.
         step_k: The means of k are filled up with zeros, so that this many can be read anywhere.
         cosine: Whether the self-similarity is wanted; undefined if not.
+        valid: uint8 `[B', Lk]`, contiguous: keys that count. All if None.
 
     Returns:
         Means in q's dtype (fp32 under the interpreter), self-similarities in fp32.
@@ -179,13 +197,15 @@ def pool(
     key = (
         pool_kernel, q.device.index, q.dtype, k.dtype, q.shape, q.stride(), k.shape, k.stride(),
         size_q, size_k, fold_k, step_k, cosine, aligned(q), aligned(k), aligned(policy),
+        valid is not None and (valid.shape, aligned(valid)),
     )  # fmt: skip
     launch(
         pool_kernel, key, q.device, programs,
-        (q, k, *made, policy, *q.stride()[:3], *k.stride()[:3], heads, group, length_q, length_k,
-         blocks_q, blocks_k, rows_k, programs_q),
+        (q, k, *made, policy, policy if valid is None else valid, *q.stride()[:3],
+         *k.stride()[:3], heads, group, length_q, length_k, blocks_q, blocks_k, rows_k,
+         programs_q, length_k if valid is not None and valid.shape[0] > 1 else 0),
         D=dim, D_PADDED=padded, SIZE_Q=size_q, SIZE_K=size_k, FOLD=fold_k, TILE=tile,
-        GROUP=triton.next_power_of_2(group), COSINE=cosine, num_warps=warps,
-        enable_fp_fusion=True,
+        GROUP=triton.next_power_of_2(group), COSINE=cosine, SOME=valid is not None,
+        num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
     return made

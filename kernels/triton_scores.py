@@ -22,13 +22,14 @@ from afbs_compile.kernels.triton_common import (
     LOG2E,
     LOWEST,
     SINK,
-    THETA,
     UNLIMITED,
     end_block,
     first_block,
+    gate_of,
     shared_memory_bytes,
     site_window,
 )
+from afbs_compile.kernels.triton_mask import Shown
 from afbs_compile.kernels.triton_pool import needs_scores, pool, pooled_width
 
 NO_WINDOW = tl.constexpr(UNLIMITED)
@@ -74,8 +75,9 @@ def products(
 
 @triton.jit
 def hide(
-    x, low, high, similarity, theta, c, begin, length_k, SIZE: tl.constexpr, GATE: tl.constexpr
-):
+    x, low, high, similarity, theta, c, begin, length_k, SIZE: tl.constexpr, GATE: tl.constexpr,
+    WEIGHED: tl.constexpr,
+):  # fmt: skip
     """Logits (base 2) of the key sub-blocks `c`, -inf before `begin` and where not seen.
 
     A sub-row sees the sub-block if it sees one of its keys: `first <= high and last >= low`.
@@ -85,20 +87,36 @@ def hide(
     inside = (first < length_k) & (c >= begin)
     if GATE:
         inside &= (tl.load(similarity + c, inside, 1.0) < theta) == 0
-    else:  # a short sub-block, the last one, weighs as many tokens as it has
+    elif not WEIGHED:  # a short sub-block, the last one, weighs as many tokens as it has
         short = (length_k - 1) % SIZE + 1
         x += tl.where(last + 1 == length_k, tl.log2(short.to(tl.float32) / SIZE), 0.0)[None, :]
     seen = (first[None, :] <= high[:, None]) & (last[None, :] >= low[:, None]) & inside[None, :]
     return tl.where(seen, x, -float("inf"))
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "rows_k"])
+@triton.jit
+def hide_data(
+    x, states, begin, weights, c, length_k, SIZE: tl.constexpr, N: tl.constexpr, GATE: tl.constexpr
+):
+    """`hide` for a data mask: hidden blocks, a row's own sink, keys that nobody sees."""
+    inside = c * SIZE < length_k
+    state = tl.load(states[:, None] + (c // N)[None, :], inside[None, :], 0)
+    weight = tl.load(weights + c, inside, -float("inf"))[None, :]
+    if not GATE:
+        x += weight
+    seen = (state > 0) & (c[None, :] >= begin[:, None]) & (weight > -float("inf"))
+    return tl.where(seen, x, -float("inf"))
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, "rows_k", "stride_b", "stride_h", "stride_w"])
 def score_kernel(
-    Q_MEANS, K_MEANS, K_SIMILARITY, POLICY, SCORES, scale_log2,
+    Q_MEANS, K_MEANS, K_SIMILARITY, POLICY, SCORES, STATES, START, WEIGHTS, scale_log2,
     heads, group, length_q, length_k, blocks_q, blocks_k, offset, window, rows_k,
+    stride_b, stride_h, stride_w,
     D_PADDED: tl.constexpr, SIZE_M: tl.constexpr, SIZE_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     CAUSAL: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr, BOXED: tl.constexpr,
+    DATA: tl.constexpr,
 ):  # fmt: skip
     """Block scores of `ROWS` query sub-rows of one head; nothing for a head that needs none."""
     M: tl.constexpr = BLOCK_M // SIZE_M
@@ -133,8 +151,17 @@ def score_kernel(
     if GATE:
         whole = start
     whole = tl.where(window < NO_WINDOW, start, whole)
+    states = STATES + r
+    own_begin = r
+    weights = WEIGHTS
+    if DATA:
+        whole = start
+        at = bh // heads * stride_b + h * stride_h + tl.minimum(r // M, blocks_q - 1)
+        states = STATES + at * blocks_k
+        own_begin = (tl.load(START + at) + tl.cdiv(sink, BLOCK_N)) * N
+        weights = WEIGHTS + bh // heads * stride_w
 
-    theta = tl.load(POLICY + h * COLUMNS + THETA)
+    theta = gate_of(POLICY + h * COLUMNS)
     q_rows = Q_MEANS + (bh * rows + r)[:, None] * D_PADDED
     q = tl.load(q_rows + tl.arange(0, D_PADDED)[None, :], mask=(r < rows)[:, None], other=0.0)
     row = bh // group * rows_k
@@ -145,7 +172,11 @@ def score_kernel(
     for c in range(start, end, COLS):
         x = products(q, K_MEANS, row, c, D_PADDED, COLS, PRECISION, BOXED) * scale_log2
         if (c < lead) | (c >= whole):
-            x = hide(x, low, high, similarity, theta, c + column, begin, length_k, SIZE_N, GATE)
+            x = hide(
+                x, low, high, similarity, theta, c + column, begin, length_k, SIZE_N, GATE, DATA
+            )
+        if DATA:
+            x = hide_data(x, states, own_begin, weights, c + column, length_k, SIZE_N, N, GATE)
         top_new = tl.maximum(top, tl.max(x, 1))
         total = total * tl.exp2(top - top_new) + tl.sum(tl.exp2(x - top_new[:, None]), 1)
         top = top_new
@@ -159,7 +190,11 @@ def score_kernel(
     for c in range(start, end, COLS):
         x = products(q, K_MEANS, row, c, D_PADDED, COLS, PRECISION, BOXED) * scale_log2
         if (c < lead) | (c >= whole):
-            x = hide(x, low, high, similarity, theta, c + column, begin, length_k, SIZE_N, GATE)
+            x = hide(
+                x, low, high, similarity, theta, c + column, begin, length_k, SIZE_N, GATE, DATA
+            )
+        if DATA:
+            x = hide_data(x, states, own_begin, weights, c + column, length_k, SIZE_N, N, GATE)
         w = fold(tl.exp2(x - shift), ROWS, COLS, M, N)
         j = c // N + block
         tl.store(out + j[None, :], w, mask=(i < blocks_q)[:, None] & (j < blocks_k)[None, :])
@@ -175,6 +210,7 @@ def block_scores(
     selector: str,
     block_m: int,
     block_n: int,
+    shown: Shown | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores of the key blocks of every query block, on the current device.
 
@@ -187,6 +223,7 @@ def block_scores(
         selector: `sub8`, `sub4` or `mean`.
         block_m: Query block, tokens.
         block_n: Key block, tokens.
+        shown: What a data mask leaves; hidden blocks have score 0.
 
     Returns:
         `scores` fp32 `[B, Hq, NQ, NK]`, not normalised, undefined where a head needs none and
@@ -205,23 +242,29 @@ def block_scores(
     padded, itemsize = pooled_width(q)
     tile = tiling(padded, itemsize, fold_m, fold_n, mask.causal, shared_memory_bytes(q.device))
     pooled = pool(
-        q, k, policy, size_q=size_m, size_k=size_n, fold_k=fold_n, step_k=tile.cols, cosine=gate
-    )
+        q, k, policy, size_q=size_m, size_k=size_n, fold_k=fold_n, step_k=tile.cols, cosine=gate,
+        valid=None if shown is None else shown.valid,
+    )  # fmt: skip
     scores = torch.empty(batch, heads, blocks_q, blocks_k, dtype=torch.float32, device=q.device)
     boxed = itemsize == 2 and has_copy_engine(q.device)
     rows_k = pooled.k.shape[2]
     key = (
         score_kernel, q.device.index, q.dtype, q.shape, k.shape, mask, scale, selector, block_m,
-        block_n, aligned(policy),
+        block_n, aligned(policy), shown is not None,
     )  # fmt: skip
+    data = (policy, policy, policy), (0, 0, 0)
+    if shown is not None:
+        weights = shown.weights(size_n)
+        data = (shown.states, shown.start, weights), shown.strides_with(weights)
     launch(
         score_kernel, key, q.device, batch * heads * -(-pooled.q.shape[2] // tile.rows),
         (pooled.q, Boxed(pooled.k.view(-1, padded), tile.cols) if boxed else pooled.k,
-         pooled.k_similarity, policy, scores, scale * LOG2E, heads, group, length_q, length_k,
-         blocks_q, blocks_k, mask.offset, site_window(mask), rows_k),
+         pooled.k_similarity, policy, scores, *data[0], scale * LOG2E, heads, group, length_q,
+         length_k, blocks_q, blocks_k, mask.offset, site_window(mask), rows_k, *data[1]),
         D_PADDED=padded, SIZE_M=size_m, SIZE_N=size_n, BLOCK_M=block_m, BLOCK_N=block_n,
         ROWS=tile.rows, COLS=tile.cols, CAUSAL=mask.causal, GATE=gate,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", BOXED=boxed,
+        DATA=shown is not None,
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         enable_fp_fusion=True,
     )  # fmt: skip

@@ -10,7 +10,12 @@ from torch import SymInt
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from afbs_compile.kernels.dispatch import no_backward, no_compensated_backward, unsupported
+from afbs_compile.kernels.dispatch import (
+    no_backward,
+    no_compensated_backward,
+    no_data_mask,
+    unsupported,
+)
 from afbs_compile.passes.sites import Call, recorded, value
 
 ENTER = {"_vmap_increment_nesting": "vmap", "_enter_autocast": "autocast"}
@@ -101,6 +106,15 @@ def gradient_refusal(tensors: Iterable[torch.Tensor], compensation: str = "none"
     if reason and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return f"needs gradients: {reason} (run under torch.no_grad or torch.inference_mode)"
     return None
+
+
+def data_refusal(call: Call, compensation: str = "none") -> str | None:
+    """Why a call cannot have a mask that depends on data."""
+    tensors = [value(n) for n in (call.query, call.key, call.value)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        reason = no_backward(tensors[0].device.type, data_mask=True)
+        return f"needs gradients: {reason} (run under torch.no_grad or torch.inference_mode)"
+    return no_data_mask(compensation)
 
 
 def length_refusal(length: int | SymInt, min_length: int) -> str | None:

@@ -3,10 +3,11 @@
 Hugging Face decoders carry a `[B, 1, Lq, Lk]` mask even for plain causal attention. If all that a
 mask depends on is `arange` and sizes, it is the same on every call: its part of the graph is run
 and the result compared with the candidates, element by element. A mask that depends on a tensor
-input may differ on the next call, so it is never classified.
+input may differ on the next call, so it is never classified; `passes.data_masks` takes it apart.
 """
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ from afbs_compile.passes.sites import recorded
 FACTORIES = frozenset(
     {torch.arange, torch.ones, torch.zeros, torch.full, torch.eye, torch.tensor, torch.linspace}
 )
+OPERATORS = frozenset({"and_", "or_", "not_", "is_"})  # of the module `operator`: not in place
+WRITERS = frozenset({"setitem", "iadd", "imul", "isub", "iand", "ior", "ixor"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,31 +29,35 @@ class MaskProgram:
     """The part of a graph that computes a mask from sizes.
 
     Attributes:
-        run: Takes the values of `sizes` in order, returns the mask.
-        sizes: Symbolic-size placeholders of the graph that it reads.
+        run: Takes the values of `inputs` in order, returns the mask.
+        inputs: Placeholders of the graph that it reads.
     """
 
     run: GraphModule
-    sizes: tuple[Node, ...]
+    inputs: tuple[Node, ...]
 
 
-def extract(gm: GraphModule, mask: Node) -> MaskProgram | str:
-    """Cut out the program of `mask`, or say why it cannot be."""
-    needed = ancestors(mask)
-    if reason := next((r for n in needed if (r := dependence(n))), None):
-        return reason
+def conjunction(
+    gm: GraphModule, nodes: Sequence[Node], ordered: Sequence[tuple[Node, Node]] = ()
+) -> MaskProgram:
+    """Cut out the program of `nodes`, and of `k <= q` for pairs of nodes: all that must hold."""
+    needed = ancestors(*nodes, *(n for pair in ordered for n in pair))
     graph, copies = Graph(), dict[Node, Node]()
-    sizes = [n for n in gm.graph.nodes if n in needed and n.op == "placeholder"]
+    inputs = [n for n in gm.graph.nodes if n in needed and n.op == "placeholder"]
     for node in gm.graph.nodes:
         if node in needed:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
-    graph.output(copies[mask])
-    return MaskProgram(GraphModule({}, graph), tuple(sizes))
+    parts = [copies[n] for n in nodes]
+    parts += [graph.call_function(operator.le, (copies[k], copies[q])) for k, q in ordered]
+    while len(parts) > 1:
+        parts.append(graph.call_function(torch.logical_and, (parts.pop(0), parts.pop(0))))
+    graph.output(parts[0])
+    return MaskProgram(GraphModule(gm, graph), tuple(inputs))
 
 
-def ancestors(node: Node) -> set[Node]:
-    """The node and all that it is computed from."""
-    found, stack = set[Node](), [node]
+def ancestors(*nodes: Node) -> set[Node]:
+    """The nodes and all that they are computed from."""
+    found, stack = set[Node](), list(nodes)
     while stack:
         current = stack.pop()
         if current not in found:
@@ -59,28 +66,65 @@ def ancestors(node: Node) -> set[Node]:
     return found
 
 
-def dependence(node: Node) -> str | None:
-    """Why a mask with this ancestor is more than a function of sizes."""
+def dependent(gm: GraphModule) -> Callable[[Node], bool]:
+    """Tells whether a node of the graph is more than a function of sizes."""
+    return reached(gm, depends).__contains__
+
+
+def unstable(gm: GraphModule) -> set[Node]:
+    """Nodes whose values may change after they were computed, and all that hangs on them."""
+    return reached(gm, overwritten(gm).__contains__)
+
+
+def reached(gm: GraphModule, origin: Callable[[Node], bool]) -> set[Node]:
+    """The nodes that are an origin or are computed from one."""
+    found = set[Node]()
+    for node in gm.graph.nodes:
+        if origin(node) or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def depends(node: Node) -> bool:
+    """Does the node bring in something else than sizes: a tensor, a module, chance?"""
     if node.op == "placeholder":
-        return None if isinstance(recorded(node), SymInt) else "mask depends on an input tensor"
-    if node.op == "get_attr":
-        return "mask depends on a stored tensor"
-    if node.op == "call_module":
-        return "mask is computed by a module"
+        return not isinstance(recorded(node), SymInt)
+    if node.op in ("get_attr", "call_module"):
+        return True
     if not node.all_input_nodes and node.op == "call_function" and node.target not in FACTORIES:
-        return f"mask depends on {getattr(node.target, '__name__', node.target)}"
+        return True
     tags = getattr(node.target, "tags", ())
-    random = torch.Tag.nondeterministic_seeded in tags or "rand" in str(node.target)
-    return "mask is random" if random else None
+    return torch.Tag.nondeterministic_seeded in tags or "rand" in str(node.target)
 
 
-def evaluate(program: MaskProgram, sizes: Iterable[int]) -> Tensor:
-    """The mask for given sizes, bool, broadcastable to `[B, H, Lq, Lk]`."""
+def overwritten(gm: GraphModule) -> set[Node]:
+    """Nodes that a later node changes in place, or whose views it does."""
+    found = set[Node]()
+    for node in gm.graph.nodes:
+        if node.op not in ("call_function", "call_method"):
+            continue
+        name = node.target if isinstance(node.target, str) else node_name(node)
+        in_place = name.endswith("_") and not name.endswith("__") and name not in OPERATORS
+        if in_place or name in WRITERS or "out" in node.kwargs:
+            written = node.kwargs.get("out", node.args[0] if node.args else None)
+            while isinstance(written, Node) and written not in found:
+                found.add(written)
+                written = written.args[0] if written.args else None
+    return found
+
+
+def node_name(node: Node) -> str:
+    """The name of what a node calls."""
+    return str(getattr(node.target, "__name__", ""))
+
+
+def evaluate(program: MaskProgram, sizes: Iterable[object]) -> Tensor:
+    """The mask for given values of what it reads, bool, of two axes or more, broadcastable."""
     with torch.no_grad():
         result = program.run(*sizes)
     if not isinstance(result, Tensor):
         raise TypeError(f"a mask program returned {type(result).__name__}")
-    return result
+    return result[(None,) * (2 - result.dim())]
 
 
 def classify(mask: Tensor) -> Mask | None:

@@ -4,7 +4,7 @@ All sites share one policy input `[sites, Hmax, COLUMNS]`: values that change ne
 """
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 import afbs_compile.kernels.op  # noqa: F401  registers the op
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.passes.copying import copy
+from afbs_compile.passes.data_masks import DataNodes
 from afbs_compile.passes.sites import Call, value
 
 
@@ -31,6 +32,7 @@ class Site:
         heads: Query heads.
         kv_heads: Key/value heads.
         head_dim: Head dim.
+        data: The part of the call's mask that depends on data.
     """
 
     call: Call
@@ -42,6 +44,7 @@ class Site:
     heads: int
     kv_heads: int
     head_dim: int
+    data: DataNodes = field(default_factory=DataNodes)
 
     @property
     def name(self) -> str:
@@ -108,11 +111,16 @@ def replace(
         new = graph.call_function(
             torch.ops.afbs.attention.default,
             (query, key, val, own, site.mask.causal, offset, site.mask.window,
-             scale, selector, min_length, compensation),
+             scale, selector, min_length, compensation, *data_nodes(site, copies)),
         )  # fmt: skip
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
+
+
+def data_nodes(site: Site, copies: dict[Node, Node]) -> tuple[Node | None, ...]:
+    """The op's arguments for the part of the mask that depends on data."""
+    return tuple(part and copies[part] for part in site.data) if site.data else ()
 
 
 def offset_node(graph: Graph, site: Site, query: Node, key: Node) -> Node | int:

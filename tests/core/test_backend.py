@@ -1,5 +1,6 @@
 """The backend end to end on a small model: tune, cache, rewrite, swap policies, survive."""
 
+import re
 import warnings
 from dataclasses import replace
 
@@ -12,9 +13,7 @@ import afbs_compile
 from afbs_compile import backend, cache, calibrate, profiling
 from afbs_compile.capture import Stream
 from afbs_compile.evaluators import DirectEvaluator
-from afbs_compile.kernels import dispatch
 from afbs_compile.logs import AfbsWarning
-from afbs_compile.passes import guard
 from afbs_compile.policy import Policy
 from afbs_compile.report import JOURNAL
 from afbs_compile.runner import RUNNERS
@@ -142,7 +141,7 @@ def test_every_head_keeps_its_promise(evaluator, strategy, fidelity):
     model, x = Model(), tokens(2048 if fidelity == "sequence-length" else LENGTH)
     run(model, x, evaluator=evaluator, strategy=strategy, fidelity=fidelity, max_error=0.2)
     (tuning,) = stored().tunings
-    (runner,) = [r for r in RUNNERS if r.policies]
+    (runner,) = [r for r in RUNNERS if r.bounds or r.buckets]
     args = [p if isinstance(p, nn.Parameter) else x for p in inputs_of(runner, model, x)]
     stream = Stream(runner.gm, args, runner.sites)
     sparse_heads = 0
@@ -174,7 +173,7 @@ def test_compensation_is_tuned_and_run():
         out = run(model, x, compensation=name, max_error=0.2)
         assert afbs_compile.explain().calibration.cache == "miss"
         assert 0 < relative(out, eager(model, x)) < 0.3
-        (runner,) = [r for r in RUNNERS if r.policies]
+        (runner,) = [r for r in RUNNERS if r.bounds or r.buckets]
         (tuning,) = [t for t in stored().tunings if t.options["compensation"] == name]
         args = [p if isinstance(p, nn.Parameter) else x for p in inputs_of(runner, model, x)]
         stream = Stream(runner.gm, args, runner.sites)
@@ -193,8 +192,7 @@ def test_compensation_is_tuned_and_run():
     assert sum(densities["tangent"]) < sum(densities["none"])
 
 
-def test_training_with_compensation_is_left_dense(monkeypatch):
-    monkeypatch.setattr(guard, "no_backward", lambda device_type: None)
+def test_training_with_compensation_is_left_dense():
     model, x = Model(), tokens()
     compiled = torch.compile(model, backend="afbs", options=OPTIONS | {"compensation": "tangent"})
     ALIVE.append(compiled)
@@ -347,7 +345,7 @@ BROKEN = [
     ("truncated", lambda text: text[: len(text) // 2], "cannot be used"),
     (
         "foreign",
-        lambda text: text.replace(Policy.from_json(text).model, "f" * 32),
+        lambda text: re.sub(r'"(model|weights)": "\w{32}"', rf'"\1": "{"f" * 32}"', text),
         "another model",
     ),
 ]
@@ -395,22 +393,6 @@ def test_unknown_options_name_the_next_step():
         run(Model(), tokens(), max_errors=0.1)
 
 
-def test_gradients_are_left_dense_on_a_cpu():
-    model, x = Model(), tokens()
-    out = torch.compile(model, backend="afbs", options=OPTIONS)(x)
-    out.sum().backward()
-    assert model.layers[0].q.weight.grad.abs().sum() > 0
-    assert all("needs gradients" in why for why in afbs_compile.explain().reasons)
-
-
-@pytest.fixture
-def differentiable(monkeypatch):
-    """The GPU's kernels stand in on a CPU, in Triton's interpreter."""
-    pytest.importorskip("triton")
-    for module in (dispatch, guard):
-        monkeypatch.setattr(module, "no_backward", lambda device_type: None)
-
-
 def weight_gradients(model, run, x):
     """All of them in one vector: the gradient of a key's bias is 0."""
     model.zero_grad()
@@ -418,14 +400,9 @@ def weight_gradients(model, run, x):
     return torch.cat([weight.grad.flatten() for weight in model.parameters()])
 
 
-@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_training_is_sparse(request, device):
+def test_training_is_sparse(device):
     """Tuned and rewritten on the first step; with every block kept, the gradients are SDPA's."""
-    if device == "cpu":
-        if torch.cuda.is_available():
-            pytest.skip("Triton is not interpreted here")
-        request.getfixturevalue("differentiable")
     length = 320 if device == "cpu" else 2048
     model, x = Model().to(device), tokens(length).to(device)
     want = weight_gradients(model, model, x)

@@ -27,7 +27,7 @@ def clean():
 def graphs(monkeypatch, tuning):
     """Every site is sparse with all blocks kept; graphs run as they are, and are listed."""
 
-    def resolve(problem, key, given):
+    def resolve(problem, layer, given):
         sites = {
             s.name: Site(s.name, (Head("sparse", 1.0),) * s.heads, s.kv_heads, s.head_dim,
                          describe(s), "sparse", None)

@@ -14,7 +14,8 @@ from afbs_compile.hybrid_calls import Unsuitable, record
 from afbs_compile.hybrid_losses import NothingToChoose
 from afbs_compile.hybrid_objective import FIGURES, Evaluator
 from afbs_compile.hybrid_samples import Sample
-from afbs_compile.hybridizing import Wishes, searched, subject
+from afbs_compile.hybrid_subject import Wishes, subject
+from afbs_compile.hybridizing import searched
 from afbs_compile.policy import Policy
 from afbs_compile.store import Store
 from afbs_compile.tuner.heads import Impossible, text

@@ -190,7 +190,7 @@ def with_head(**change):
         (DOCUMENT.replace('"bucket": 4096', '"bucket": 8192'), "bucket is 8192; needed: 4096"),
         (DOCUMENT.replace('"name": "layers.0.attn"', '"name": "x"'), "name is 'x'; needed"),
         (DOCUMENT.replace('"model": "abab', '"model": "../b'), "model is '../b"),
-        (DOCUMENT.replace('"schema": 1', '"schema": 3'), "schema is 3.*update afbs-compile"),
+        (DOCUMENT.replace('"schema": 1', '"schema": 4'), "schema is 4.*update afbs-compile"),
         (DOCUMENT.replace('"schema": 1', '"schema": 0'), "schema is 0; needed: 1"),
         (DOCUMENT.replace('"schema": 1', '"schema": 1, "schema": 1'), "same name twice"),
         ("[" * 100_000, "nested too deeply"),

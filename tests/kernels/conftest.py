@@ -85,6 +85,66 @@ def problems(draw, policy_tensor, longest=170, tau=None, one_kind=False):
     )  # fmt: skip
 
 
+@st.composite
+def data_masks(draw, problem, kinds=("right", "left", "holes", "segments", "packed", "elements")):
+    """The parts of a mask that comes with the call, as the op takes them."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    (batch, heads, length_q, _), length_k = problem.q.shape, problem.k.shape[2]
+    parts, kind = [None] * 4, draw(st.sampled_from(kinds))
+    j = torch.arange(length_k)
+    ends = torch.randint(0, length_k + 1, (batch, 1), generator=generator)
+    if kind == "right":
+        parts[0] = j < ends
+    elif kind == "left":
+        parts[0] = (j >= ends)[:, None, None]
+    elif kind == "holes":
+        parts[0] = torch.rand(batch, length_k, generator=generator) < 0.5
+    elif kind in ("segments", "packed"):
+        if kind == "packed":  # runs, as texts that stand behind each other
+            ids = (torch.rand(batch, length_q + length_k, generator=generator) < 0.05).cumsum(1)
+        else:
+            ids = torch.randint(0, 3, (batch, length_q + length_k), generator=generator)
+        parts[1] = ids[:, :length_q] if kind == "packed" else ids[:, None, :length_q, None]
+        parts[2] = ids[:, :length_k] if kind == "packed" else ids[:, None, None, -length_k:]
+        parts[0] = j < ends if draw(st.booleans()) else None
+    else:
+        b, h = (batch, 1) if kind == "elements" else draw(st.sampled_from([(1, heads), (1, 1)]))
+        share = draw(st.sampled_from([0.01, 0.5, 0.99]))
+        parts[3] = torch.rand(b, h, length_q, length_k, generator=generator) < share
+        parts[3][:, :, : length_q // 3, length_k // 2 :] = False
+        parts[3][:, :, length_q // 2 :, : length_k // 2] = True
+    return parts
+
+
+def hidden_dense(problem, parts):
+    """SDPA under the site's mask and the parts of another, each from its definition."""
+    keys, q_segments, k_segments, elements = parts
+    seen = problem.seen()[None, None]
+    if keys is not None:
+        seen = seen & keys.reshape(len(keys), 1, 1, -1)
+    if k_segments is not None:
+        q_segments = q_segments.reshape(len(q_segments), 1, -1, 1)
+        seen = seen & (q_segments == k_segments.reshape(len(k_segments), 1, 1, -1))
+    if elements is not None:
+        seen = seen & elements
+    group = problem.q.shape[1] // problem.k.shape[1]
+    k, v = (x.float().repeat_interleave(group, 1) for x in (problem.k, problem.v))
+    q = problem.q.float()
+    seen = seen.expand(*q.shape[:3], k.shape[2])
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=problem.scale)
+    return out.masked_fill(~seen.any(3)[..., None], 0), seen
+
+
+@pytest.fixture(name="data_masks", scope="session")
+def data_masks_strategy():
+    return data_masks
+
+
+@pytest.fixture(name="hidden_dense", scope="session")
+def hidden_dense_oracle():
+    return hidden_dense
+
+
 @pytest.fixture(name="problems", scope="session")
 def problems_strategy(policy_tensor):
     return functools.partial(problems, policy_tensor)

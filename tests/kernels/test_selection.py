@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from afbs_compile.kernels import dispatch
 from afbs_compile.kernels import policy_columns as col
 from afbs_compile.kernels import scores as scores_module
 from afbs_compile.kernels.geometry import Blocks, Mask, head_visible
@@ -152,3 +153,14 @@ def test_lists_round_trip(rows, columns, seed):
     for row, count in zip(indices.flatten(0, 2), counts.flatten(), strict=True):
         assert row[:count].tolist() == sorted(set(row[:count].tolist()))
         assert bool(((row >= 0) & (row < columns)).all())
+
+
+def test_fused_scores_are_the_plain_ones_whatever_came_first(policy_tensor):
+    """Code that was made for one query block once gave the first block's scores to all."""
+    q, k = torch.randn(1, 2, 192, 32), torch.randn(1, 1, 256, 32)
+    site = {"mask": Mask(True, 64), "scale": 0.3, "selector": "sub8", "block_m": 64, "block_n": 64}
+    for length_q, length_k in ((64, 256), (192, 256), (192, 64), (130, 200)):
+        given = q[:, :, :length_q], k[:, :, :length_k], policy_tensor(2, sink=64)
+        want, _ = block_scores(*given, **site)
+        got, _ = block_scores(*given, **site, core=dispatch.fused_scores(*given[:2], "sub8"))
+        torch.testing.assert_close(got, want)

@@ -15,7 +15,7 @@ from afbs_compile.kernels.geometry import Blocks, Mask, site_visible
 # Triton 3.6's interpreter makes scalars in a way that NumPy deprecates
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-    pytest.mark.usefixtures("differentiable"),
+    pytest.mark.usefixtures("kernels"),
 ]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,10 +23,13 @@ LENGTH = 150
 attention = torch.ops.afbs.attention
 
 
-@pytest.fixture
-def differentiable(monkeypatch):
-    """The Triton kernels stand in on a CPU, in the interpreter."""
-    monkeypatch.setattr(dispatch, "no_backward", lambda device_type: None)
+@pytest.fixture(params=["own", "triton"])
+def kernels(monkeypatch, request):
+    """The device's own kernels; on a CPU also Triton's, in the interpreter."""
+    if request.param == "triton":
+        if torch.cuda.is_available():
+            pytest.skip("Triton's are the device's own")
+        monkeypatch.setattr(dispatch, "by_pairs", lambda device_type: False)
 
 
 @pytest.fixture

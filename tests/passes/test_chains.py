@@ -183,7 +183,7 @@ def test_symbolic_lengths_add_no_guards():
         (site,) = found.sites
         assert site.heads == H
     (rule,) = with_mask.rules
-    assert rule.holds([100] * len(rule.program.sizes))
+    assert rule.holds([100] * len(rule.sizes))
 
 
 def growing(q, k, v):

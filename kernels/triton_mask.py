@@ -1,0 +1,179 @@
+"""What does a data mask leave of every block, on a GPU? States of blocks, weights of keys.
+
+One program looks at all pairs of one block; the oracle is `kernels.data_mask.blocked`. The other
+kernels read the states: selection leaves hidden blocks out, attention looks at the mask again in
+those that are visible in part. Nothing of `[Lq, Lk]` is made.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from afbs_compile.kernels.data_mask import DataMask
+from afbs_compile.kernels.geometry import Mask
+from afbs_compile.kernels.triton_common import LENGTHS, on_device, site_window
+
+STRIDES = ["stride_keys", "stride_qs", "stride_ks"]
+MASK_STRIDES = [*STRIDES, "stride_eb", "stride_eh", "stride_eq", "stride_ek"]
+
+
+class Parts(NamedTuple):
+    """A data mask as kernels take it: tensors, strides, and which parts there are.
+
+    Attributes:
+        tensors: Keys, segments of queries and of keys, elements; any tensor for a missing one.
+        strides: Of the batch for the first three, of batch, head, query and key for elements.
+        present: Have keys, have segments, have elements.
+    """
+
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+    strides: tuple[int, ...]
+    present: tuple[bool, bool, bool]
+
+    @staticmethod
+    def of(data: DataMask | None, like: Tensor) -> "Parts":
+        """The parts of a mask; of None, none."""
+        data = data or DataMask()
+        rows = [
+            None if x is None else x.contiguous()
+            for x in (data.keys, data.q_segments, data.k_segments)
+        ]
+        elements = data.elements
+        tensors = [*(None if x is None else bytes_of(x) for x in rows), None]
+        if elements is not None:
+            tensors[3] = bytes_of(elements)
+        strides = [0 if x is None or x.shape[0] == 1 else x.stride(0) for x in rows]
+        strides += [0] * 4 if elements is None else [
+            0 if n == 1 else step
+            for n, step in zip(elements.shape, elements.stride(), strict=True)
+        ]  # fmt: skip
+        present = data.keys is not None, data.k_segments is not None, elements is not None
+        k, qs, ks, el = (like if x is None else x for x in tensors)
+        return Parts((k, qs, ks, el), tuple(strides), present)
+
+    @property
+    def any(self) -> bool:
+        """Is there any part?"""
+        return any(self.present)
+
+
+def bytes_of(x: Tensor) -> Tensor:
+    """A bool tensor as uint8, of which Triton loads are integers; others as int64."""
+    return x.view(torch.uint8) if x.dtype == torch.bool else x.long()
+
+
+@triton.jit
+def data_seen(
+    KEYS, Q_SEGMENTS, K_SEGMENTS, ELEMENTS, stride_keys, stride_qs, stride_ks,
+    stride_eb, stride_eh, stride_eq, stride_ek, b, h, i, j, i_mask, j_mask,
+    HAS_KEYS: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_ELEMENTS: tl.constexpr,
+):  # fmt: skip
+    """Which of the pairs (i, j) the data mask shows; false outside `i_mask` and `j_mask`."""
+    seen = i_mask[:, None] & j_mask[None, :]
+    if HAS_KEYS:
+        seen &= tl.load(KEYS + b * stride_keys + j, j_mask, 0)[None, :] != 0
+    if HAS_SEGMENTS:
+        own = tl.load(Q_SEGMENTS + b * stride_qs + i, i_mask, 0)
+        other = tl.load(K_SEGMENTS + b * stride_ks + j, j_mask, 0)
+        seen &= own[:, None] == other[None, :]
+    if HAS_ELEMENTS:
+        rows = ELEMENTS + b * stride_eb + h * stride_eh + i.to(tl.int64)[:, None] * stride_eq
+        seen &= tl.load(rows + j.to(tl.int64)[None, :] * stride_ek, seen, 0) != 0
+    return seen
+
+
+@triton.jit(do_not_specialize=[*LENGTHS[2:], *MASK_STRIDES, "heads_of_mask"])
+def states_kernel(
+    KEYS, Q_SEGMENTS, K_SEGMENTS, ELEMENTS, STATES, stride_keys, stride_qs, stride_ks,
+    stride_eb, stride_eh, stride_eq, stride_ek,
+    heads_of_mask, length_q, length_k, blocks_q, blocks_k, offset, window,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_KEYS: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_ELEMENTS: tl.constexpr,
+):  # fmt: skip
+    """The state of one block: 0 hidden, 1 visible in part, 2 wholly visible."""
+    pid = tl.program_id(0).to(tl.int64)
+    j_block = (pid % blocks_k).to(tl.int32)
+    i_block = (pid // blocks_k % blocks_q).to(tl.int32)
+    bh = pid // blocks_k // blocks_q
+    i = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = j_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    seen = data_seen(
+        KEYS, Q_SEGMENTS, K_SEGMENTS, ELEMENTS, stride_keys, stride_qs, stride_ks,
+        stride_eb, stride_eh, stride_eq, stride_ek, bh // heads_of_mask, bh % heads_of_mask,
+        i, j, i < length_q, j < length_k, HAS_KEYS, HAS_SEGMENTS, HAS_ELEMENTS,
+    )  # fmt: skip
+    if CAUSAL:
+        seen &= (j[None, :] <= i[:, None] + offset) & (j[None, :] > i[:, None] + offset - window)
+    count = tl.sum(tl.sum(seen.to(tl.int32), 1), 0)
+    rows = tl.minimum(length_q - i_block * BLOCK_M, BLOCK_M)
+    columns = tl.minimum(length_k - j_block * BLOCK_N, BLOCK_N)
+    tl.store(STATES + pid, (count > 0).to(tl.int32) + (count == rows * columns).to(tl.int32))
+
+
+class Shown(NamedTuple):
+    """What selection reads of a data mask.
+
+    Attributes:
+        states: uint8 `[B', H', NQ, NK]`: 0 hidden, 1 visible in part, 2 wholly visible.
+        start: int32 `[B', H', NQ]`, the block from which sinks are counted.
+        valid: uint8 `[B', Lk]`, contiguous: keys that some query may see.
+    """
+
+    states: Tensor
+    start: Tensor
+    valid: Tensor
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Of batch and head, in query blocks: 0 where all entries have the same."""
+        batch, heads, blocks_q = self.start.shape
+        return 0 if batch == 1 else heads * blocks_q, 0 if heads == 1 else blocks_q
+
+    def weights(self, size: int) -> Tensor:
+        """log2 of the share of valid keys in every sub-block of `size`, fp32 `[B', NS]`."""
+        short = -self.valid.shape[1] % size
+        filled = torch.nn.functional.pad(self.valid, (0, short))
+        return torch.log2(torch.unflatten(filled, 1, (-1, size)).sum(2).float() / size)
+
+    def strides_with(self, weights: Tensor) -> tuple[int, int, int]:
+        """`strides`, and that of the batch in `weights`."""
+        return *self.strides, 0 if weights.shape[0] == 1 else weights.shape[1]
+
+
+def shown(
+    data: DataMask,
+    mask: Mask,
+    like: Tensor,
+    length_q: int,
+    length_k: int,
+    *,
+    block_m: int,
+    block_n: int,
+) -> Shown:
+    """Look at every pair once; no host synchronisation."""
+    parts = Parts.of(data, like)
+    batch = max(x.shape[0] for x in (data.keys, data.q_segments, data.k_segments, data.elements)
+                if x is not None)  # fmt: skip
+    heads = 1 if data.elements is None else data.elements.shape[1]
+    blocks_q, blocks_k = -(-length_q // block_m), -(-length_k // block_n)
+    states = torch.empty(batch, heads, blocks_q, blocks_k, dtype=torch.uint8, device=like.device)
+    with on_device(like):
+        states_kernel[(states.numel(),)](
+            *parts.tensors, states, *parts.strides, heads, length_q, length_k, blocks_q, blocks_k,
+            mask.offset, site_window(mask),
+            BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=mask.causal,
+            HAS_KEYS=parts.present[0], HAS_SEGMENTS=parts.present[1],
+            HAS_ELEMENTS=parts.present[2], num_warps=4,
+        )  # fmt: skip
+    start = (states > 0).to(torch.uint8).argmax(3).int()
+    if mask.window:
+        start.zero_()
+    valid = data.seen_keys()
+    if valid is None:
+        valid = states.new_ones((1, length_k), dtype=torch.bool)
+    return Shown(states, start, bytes_of(valid.contiguous()))
