@@ -93,8 +93,8 @@ def sparse(
     """
     runner = Runner(gm, options, found, example_inputs)
     inputs = [hint(x) if isinstance(x, SymInt) else x for x in example_inputs]
-    length = runner.shapes.length(runner.shapes.sizes(inputs))
-    known = length >= options.min_length and not fake(example_inputs)
+    queries = runner.shapes.query_length(runner.shapes.sizes(inputs))
+    known = queries >= options.min_length and not fake(example_inputs)
     tuning = runner.tuning(inputs) if known else None
     sites = runner.sparse_sites(tuning) if known else runner.sites
     if not (sites or runner.names or runner.shapes.positions):
@@ -105,7 +105,7 @@ def sparse(
     runner.variants[tuple(site.name for site in sites)] = compiled
     LOGGER.info("%d of %d sites rewritten", len(sites), len(found.sites))
     if known:
-        runner.bind(inputs, tuning)
+        runner.bind(inputs, tuning, ahead=True)
     return runner
 
 

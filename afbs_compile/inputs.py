@@ -39,20 +39,22 @@ class Shapes:
         positions: Places of the sizes among the graph's inputs.
         symbols: Their sympy symbols, in the same order.
         lengths: Key length of every site: an int or a sympy expression.
+        queries: Query length of every site, likewise.
     """
 
     positions: tuple[int, ...]
     symbols: tuple[Any, ...]
     lengths: tuple[Any, ...]
+    queries: tuple[Any, ...]
 
     @staticmethod
     def of(inputs: Sequence[Any], sites: Sequence[Site]) -> "Shapes":
         """Read them off the compile-time inputs and the sites' fake tensors."""
         places = tuple(n for n, x in enumerate(inputs) if isinstance(x, SymInt))
         symbols = tuple(inputs[n].node.expr for n in places)
-        sizes: list[Any] = [value(site.key).shape[2] for site in sites]
-        lengths = (s.node.expr if isinstance(s, SymInt) else s for s in sizes)
-        return Shapes(places, symbols, tuple(set(lengths)))
+        keys = {expression(value(site.key).shape[2]) for site in sites}
+        queries = {expression(value(site.call.query).shape[2]) for site in sites}
+        return Shapes(places, symbols, tuple(keys), tuple(queries))
 
     def sizes(self, args: Sequence[Any]) -> Sizes:
         """The call's symbolic sizes."""
@@ -60,6 +62,18 @@ class Shapes:
 
     def length(self, sizes: Sizes) -> int:
         """The longest key length of any site, in tokens."""
+        return self.largest(self.lengths, sizes)
+
+    def query_length(self, sizes: Sizes) -> int:
+        """The longest query length of any site, in tokens; chunks of a prompt have fewer."""
+        return self.largest(self.queries, sizes)
+
+    def largest(self, expressions: tuple[Any, ...], sizes: Sizes) -> int:
+        """The largest of some expressions at a call's sizes."""
         known = dict(zip(self.symbols, sizes, strict=True))
-        found = (n if isinstance(n, int) else int(n.xreplace(known)) for n in self.lengths)
-        return max(found)
+        return max(n if isinstance(n, int) else int(n.xreplace(known)) for n in expressions)
+
+
+def expression(size: Any) -> Any:
+    """A size as an int or a sympy expression."""
+    return size.node.expr if isinstance(size, SymInt) else size

@@ -54,6 +54,8 @@ class Options:
         min_length: Calls with fewer query tokens stay dense.
         tuning_budget_s: Seconds after which the first call stops measuring and leaves the rest
             dense until a later start; None measures everything.
+        calibration_calls: How many of a program's calls are measured, in each length bucket: the
+            first tunes, each further one may only make thresholds more careful.
         inductor: Configuration patches for Inductor.
     """
 
@@ -71,6 +73,7 @@ class Options:
     rule: str = "auto"
     min_length: int = MIN_LENGTH
     tuning_budget_s: float | None = None
+    calibration_calls: int = 1
     inductor: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -257,6 +260,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "rule": one_of(RULES),
     "min_length": positive,
     "tuning_budget_s": seconds_or_none,
+    "calibration_calls": positive,
 }
 
 

@@ -163,6 +163,15 @@ class Tuning:
             check(site.name == name, f"sites.{name}.name", site.name, f"{name!r}, as its key")
 
     @property
+    def confidence(self) -> float:
+        """Least chance that a head's error on a further input is at most the largest measured one.
+
+        For inputs that are exchangeable, n / (n + 1) after n of them (conformal prediction, Vovk
+        et al. 2005). The margin that tuning leaves below `max_error` comes on top.
+        """
+        return len(self.inputs) / (len(self.inputs) + 1)
+
+    @property
     def density(self) -> float | None:
         """Mean density over all heads with a known one; a dense site or head counts as 1."""
         known = [

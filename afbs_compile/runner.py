@@ -31,7 +31,8 @@ from afbs_compile.passes.sites import value
 from afbs_compile.policy import Policy, Tuning, bucket_of
 from afbs_compile.policy_tensor import stacked, with_budgets
 from afbs_compile.problem import Problem
-from afbs_compile.source import LOCK, Unusable, resolve
+from afbs_compile.source import LOCK, Unusable, check_again, resolve
+from afbs_compile.watch import Watch
 from afbs_compile.weights import Layer, layer_of
 
 Weights = tuple[int, ...]  # `id` of every weight
@@ -88,6 +89,7 @@ class Runner:
         self.buckets: dict[tuple[Weights, int], Bound] = {}  # by weights and bucket
         self.layers: dict[Weights, Layer] = {}
         self.given: dict[str, Policy] = {}  # by key of the layer
+        self.watch = Watch(1 if options.policy else options.calibration_calls)
         RUNNERS.add(self)
 
     def __call__(self, *args: Any) -> Any:
@@ -107,9 +109,12 @@ class Runner:
             return self.bound(self.first, None)
         call = self.weights(args), self.shapes.sizes(args)
         with LOCK:
-            if call not in self.bounds:
-                self.bounds[call] = self.find(call, args)
-            return self.bounds[call]
+            found = self.bounds.get(call)
+            if found is None:
+                found = self.find(call, args)
+                if (call[0], bucket_of(self.shapes.length(call[1]))) not in self.watch.open:
+                    self.bounds[call] = found
+            return found
 
     def find(self, call: tuple[Weights, Sizes], args: Sequence[Any]) -> Bound:
         """Check the masks, then look the length bucket up."""
@@ -118,32 +123,45 @@ class Runner:
             if not rule.holds([args[self.place[node]] for node in rule.sizes]):
                 warn(f"a mask changes its form at {length} tokens; such calls run dense")
                 return self.bound([], None)
-        if length < self.options.min_length:
+        if self.shapes.query_length(call[1]) < self.options.min_length:
             return self.bound(self.first, None)
         slot = call[0], bucket_of(length)
         if slot not in self.buckets:
             self.bind(args, self.tuning(args))
+        elif (known := self.watch.due(slot)) is not None:
+            self.bind(args, self.again(args, known))
         return self.buckets[slot]
 
-    def bind(self, args: Sequence[Any], tuning: Tuning | None) -> None:
-        """Let calls like this one run by `tuning`, dense if it is None."""
+    def bind(self, args: Sequence[Any], tuning: Tuning | None, ahead: bool = False) -> None:
+        """Let calls like this one run by `tuning`, dense if it is None; `ahead` of the first."""
         weights, length = self.weights(args), self.shapes.length(self.shapes.sizes(args))
-        bound = self.bound(self.sparse_sites(tuning), tuning, self.layer(args))
-        self.buckets[weights, bucket_of(length)] = bound
+        layer, slot = self.layer(args), (weights, bucket_of(length))
+        self.buckets[slot] = self.bound(self.sparse_sites(tuning), tuning, layer)
+        self.watch.note(slot, None if layer.key in self.given else tuning, ahead)
 
     def tuning(self, args: Sequence[Any]) -> Tuning | None:
         """The tuning for a call, or None if none is to be had."""
-        layer, length = self.layer(args), self.shapes.length(self.shapes.sizes(args))
-        problem = Problem(
-            self.gm, [list(args)], self.sites, self.options, length, weights=layer.sites
-        )
+        layer = self.layer(args)
         found: Tuning | str
         try:
-            found = resolve(problem, layer, self.given.get(layer.key))
+            found = resolve(self.problem(args, layer), layer, self.given.get(layer.key))
         except Unusable as reason:
             found = str(reason)
         report(self.sites, found, layer, first=len(self.layers) == 1)
         return None if isinstance(found, str) else found
+
+    def again(self, args: Sequence[Any], known: Tuning) -> Tuning:
+        """The tuning of a bucket after one more call of it."""
+        layer = self.layer(args)
+        found = check_again(self.problem(args, layer), layer.key, known)
+        report(self.sites, found, layer, first=len(self.layers) == 1)
+        return found
+
+    def problem(self, args: Sequence[Any], layer: Layer) -> Problem:
+        """What a call poses."""
+        length = self.shapes.length(self.shapes.sizes(args))
+        inputs = [list(args)]
+        return Problem(self.gm, inputs, self.sites, self.options, length, weights=layer.sites)
 
     def sparse_sites(self, tuning: Tuning | None) -> list[Site]:
         """The sites that a variant for this tuning makes sparse.
@@ -246,6 +264,7 @@ def purge(runner: Runner, weights: Weights) -> None:
         runner.bounds.pop(call, None)
     for slot in [s for s in list(runner.buckets) if s[0] == weights]:
         runner.buckets.pop(slot, None)
+    runner.watch.forget(weights)
 
 
 def use_policy(policy: Policy) -> int:

@@ -40,6 +40,7 @@ def tuning_summary(tuning: Tuning) -> dict[str, Any]:
         "device": tuning.device,
         "versions": tuning.versions,
         "inputs": list(tuning.inputs),
+        "confidence": tuning.confidence,
         "density": tuning.density,
         "max_error": tuning.max_error,
         "mean_error": tuning.mean_error,

@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask
 import afbs_compile
 from afbs_compile import backend, calibrate, source
 from afbs_compile.kernels import dispatch, flex, fused, reference
+from afbs_compile.kernels.data_mask import MaskedBlocks
 from afbs_compile.kernels.lists import to_keep
 from afbs_compile.options import Options
 from afbs_compile.passes.rewrite import Site
@@ -159,8 +160,11 @@ def listed(
 def oracle() -> Iterator[None]:
     """Let attention over block lists run in plain torch instead of in a compiled kernel."""
 
-    def forward(*tensors: Tensor, beside: None = None, **settings: Any) -> Tensor:
-        return reference.forward(*tensors, **settings)[0]
+    def forward(
+        *tensors: Tensor, beside: None = None, masked: MaskedBlocks | None = None, **settings: Any
+    ) -> Tensor:
+        data = masked.data if masked else None
+        return reference.forward(*tensors, data=data, **settings)[0]
 
     with (
         patch.object(flex, "forward", forward),

@@ -87,10 +87,11 @@ def backward(
     scale: float,
 ) -> Gradients:
     """Gradients; arguments as in `dispatch.backward`."""
-    dq, dk, dv = dispatch.backward(
-        do, q, k, v, o, lse, counts, indices, policy,
-        mask=Mask(causal, offset, window), scale=scale,
-    )  # fmt: skip
+    with torch.autocast(q.device.type, enabled=False):  # a backward may be called in a region
+        dq, dk, dv = dispatch.backward(
+            do, q, k, v, o, lse, counts, indices, policy,
+            mask=Mask(causal, offset, window), scale=scale,
+        )  # fmt: skip
     return as_rows(dq), as_rows(dk), as_rows(dv)
 
 

@@ -52,6 +52,11 @@ def newest(policy: Policy) -> Any:
     return max(policy.tunings, key=lambda tuning: tuning.created)
 
 
+def counted(inputs: list[str]) -> str:
+    """How many inputs were measured."""
+    return f"{len(inputs)} input{'s' if len(inputs) != 1 else ''}"
+
+
 def print_tuning(policy: Policy, tuning: dict[str, Any]) -> None:
     """A table of one tuning."""
     table = Table(title=f"{policy.model_name or ''} {policy.model}".strip())
@@ -73,7 +78,8 @@ def print_tuning(policy: Policy, tuning: dict[str, Any]) -> None:
         f"up to {tuning['bucket']} tokens, {tuning['created']}, {tuning['device']}: "
         f"mean density {number(tuning['density'])}, largest error "
         f"{number(tuning['max_error'], 3)}, {tuning['evaluations']} evaluations in "
-        f"{number(tuning['seconds'], 1)} s"
+        f"{number(tuning['seconds'], 1)} s on {counted(tuning['inputs'])}: on another one a head "
+        f"stays below that with probability {tuning['confidence']:.0%} or more"
         + (f", KL {number(tuning['kl'], 4)}" if tuning["kl"] is not None else "")
         + ("" if tuning["complete"] else ", not complete")
     )

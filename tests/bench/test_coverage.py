@@ -31,7 +31,9 @@ def test_a_cell_is_right(model, cell, package):
     assert row["failure"] is None
     assert row["kept_error"] <= coverage_table.EXACT
     assert row["graphs"] <= row["graphs_dense"]
-    if row["rewritten"]:
+    if cell.grad:
+        assert row["grad_error"] <= coverage_table.EXACT_GRADIENT
+    elif row["rewritten"]:
         assert row["policy_error"] <= coverage_table.EXACT
     told = row["rewritten"] + sum(row["reasons"].values())
     assert told == row["sites"]

@@ -156,6 +156,28 @@ def test_models_take_turns(force):
     assert force.graphs == graphs
 
 
+class Cross(nn.Module):
+    """Attends from some tokens to others."""
+
+    def forward(self, x, memory):
+        q, k = (t.unflatten(-1, (4, -1)).transpose(1, 2) for t in (x, memory))
+        return F.scaled_dot_product_attention(q, k, k)
+
+
+def test_few_queries_of_many_keys_are_none_to_tune_with(force):
+    """A chunk of a prompt that is shorter than `min_length` runs dense, however long the rest."""
+    options = {"min_length": 200, "cache_dir": force.cache_dir}
+    call, memory = torch.compile(Cross(), backend="afbs", options=options), x(300)
+    chunks = [x(length) for length in (100, 130, 250)]
+    for one in (memory, *chunks):
+        torch._dynamo.mark_dynamic(one, 1)
+    for one, tuned in zip(chunks, (0, 0, 1), strict=True):
+        with torch.no_grad():
+            assert distance(call(one, memory), Cross()(one, memory)) < EXACT
+        assert len(force.problems) == tuned
+    assert force.graphs == 1
+
+
 @pytest.mark.slow
 def test_cache_artifacts_travel():
     """What Inductor compiled is found again after it was carried to an empty cache."""

@@ -209,7 +209,7 @@ def test_a_watched_model_can_be_collected():
     assert gone() is None
 
 
-def test_masks_and_gradients_stay_sdpas():
+def test_masks_stay_sdpas_and_gradients_flow():
     model, x = Model(), tokens()
     mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(3)
     with afbs_compile.sparse(model, **OPTIONS):
@@ -219,7 +219,6 @@ def test_masks_and_gradients_stay_sdpas():
         assert afbs_compile.explain().reasons == {"mask depends on an input tensor": 3}
         model(x).sum().backward()
     assert model.layers[0].q.weight.grad.abs().sum() > 0
-    assert any(r.startswith("needs gradients") for r in afbs_compile.explain().reasons)
 
 
 def test_a_policy_of_another_mask_is_refused():

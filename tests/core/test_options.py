@@ -73,6 +73,7 @@ def test_max_error_out_of_range(value):
         ({"tuning_budget_s": -1}, "'tuning_budget_s' is -1; give a number of seconds"),
         ({"tuning_budget_s": float("inf")}, "number of seconds"),
         ({"tuning_budget_s": True}, "number of seconds"),
+        ({"calibration_calls": 0}, "at least 1"),
         ({"strategy": "afbs_bo"}, "did you mean 'afbs-bo'.*give one of"),
         ({"evaluator": "guess"}, "profile, direct"),
         ({"fidelity": 1}, "query-blocks, sequence-length"),

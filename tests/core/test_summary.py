@@ -16,6 +16,12 @@ def test_summary(policy):
     assert sparse["error_mean"] == pytest.approx(0.075)
     assert dense["reason"] == "it is not faster"
     assert tuning["max_error"] == 0.1
+    assert tuning["confidence"] == 0.5  # one input
+
+
+def test_confidence_grows_with_inputs(policy, tuning):
+    chances = [tuning(inputs=("x",) * count).confidence for count in (0, 1, 3, 99)]
+    assert chances == [0, 0.5, 0.75, 0.99]
 
 
 def test_attention_speedup_counts_dense_sites_as_they_are(tuning):
