@@ -43,6 +43,36 @@ class Layer:
     data: DataMask | None = None
 
 
+class Casts:
+    """The autocast regions that a pass is in; it leaves them while others work."""
+
+    def __init__(self) -> None:
+        """In none."""
+        self.open: list[Any] = []
+        self.inside = True
+
+    def note(self, node: Node, env: dict[Node, Any]) -> None:
+        """A node has run; it may have begun or ended a region."""
+        name = getattr(node.target, "__name__", "")
+        if name == "_enter_autocast":
+            self.open.append(env[node])
+        elif name == "_exit_autocast":
+            self.open.remove(env[node.args[0]])  # type: ignore[index]
+
+    def leave(self) -> None:
+        """Put the thread's own autocast state back."""
+        if self.inside:
+            for mode in reversed(self.open):
+                mode.__exit__(None, None, None)
+        self.inside = False
+
+    def enter(self) -> None:
+        """Go on inside."""
+        for mode in self.open:
+            mode.__enter__()
+        self.inside = True
+
+
 class Stream:
     """Layers of a graph on one set of inputs.
 
@@ -72,31 +102,42 @@ class Stream:
     def run(self) -> Iterator[Layer]:
         """One pass; yields each site's layer before the site runs."""
         by_node = {site.call.node: site for site in self.sites}
-        held = {node for site in self.sites for node in (site.key, site.value)}
-        held |= {node for site in self.sites for node in site.data if node}  # by several sites
-        interpreter = Interpreter(self.gm)
+        interpreter, casts = Interpreter(self.gm), Casts()
         interpreter.args_iter = iter(private(self.gm, self.inputs))
-        uses = remaining_uses(self.gm)
+        uses = remaining_uses(self.gm, self.sites)
         left = len(self.sites)
-        for node in self.gm.graph.nodes:
-            if site := by_node.get(node):
-                yield layer_of(interpreter, site)
-                left -= 1
-                if not left:
-                    return
-            with torch.no_grad():
-                interpreter.env[node] = interpreter.run_node(node)
-            for used in uses.get(node, ()):
-                if used not in held:
+        try:
+            for node in self.gm.graph.nodes:
+                if site := by_node.get(node):
+                    layer = layer_of(interpreter, site)
+                    casts.leave()
+                    yield layer
+                    left -= 1
+                    if not left:
+                        return
+                    casts.enter()
+                with torch.no_grad():
+                    interpreter.env[node] = step(interpreter, node)
+                casts.note(node, interpreter.env)
+                for used in uses.get(node, ()):
                     interpreter.env.pop(used, None)
-            if site:
-                interpreter.env.pop(site.key, None)
-                interpreter.env.pop(site.value, None)
+        finally:
+            casts.leave()
+
+
+def step(interpreter: Interpreter, node: Node) -> Any:
+    """Run one node, but not the choice of SDPA's kernels, which is the whole thread's."""
+    if getattr(node.target, "__name__", "") == "_sdpa_kernel":
+        return None
+    return interpreter.run_node(node)
 
 
 def layer_of(interpreter: Interpreter, site: Site) -> Layer:
-    """The site's inputs out of the interpreter's environment."""
+    """The site's inputs out of the interpreter's environment, as autocast makes them."""
     q, k, v = (interpreter.env[n] for n in (site.call.query, site.key, site.value))
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x.to(dtype) for x in (q, k, v))
     scale = site.scale
     if scale is None:
         assert isinstance(site.call.scale, Node)
@@ -113,11 +154,12 @@ def mask_at(site: Site, length_q: int, length_k: int) -> Mask:
     return Mask(True, site.mask.offset + length_k - length_q, site.mask.window)
 
 
-def remaining_uses(gm: GraphModule) -> dict[Node, list[Node]]:
-    """For every node, the values that nobody needs after it."""
+def remaining_uses(gm: GraphModule, sites: Sequence[Site] = ()) -> dict[Node, list[Node]]:
+    """For every node, the values that neither the graph nor a site needs after it."""
+    read = {site.call.node: (site.key, site.value, *filter(None, site.data)) for site in sites}
     last: dict[Node, Node] = {}
     for node in gm.graph.nodes:
-        for used in node.all_input_nodes:
+        for used in (*node.all_input_nodes, *read.get(node, ())):
             last[used] = node
     dead: dict[Node, list[Node]] = {}
     for used, user in last.items():

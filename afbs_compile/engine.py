@@ -160,6 +160,8 @@ class Engine:
         scale: float | None,
         dropout_p: float = 0.0,
         enable_gqa: bool = True,
+        keys: Tensor | None = None,
+        elements: Tensor | None = None,
     ) -> Tensor | None:
         """Run one call sparse; None, and the reason counted, if it must be SDPA.
 
@@ -172,19 +174,22 @@ class Engine:
             scale: Multiplier on q·k; None is D^-½.
             dropout_p: Of the attention weights.
             enable_gqa: Whether there may be fewer key than query heads.
+            keys: bool `[B, Lk]`, keys that are no padding; beside the mask.
+            elements: bool, broadcastable to `[B, Hq, Lq, Lk]`; beside the mask.
         """
         name = self.named(path)
         options = self.options
         reason = refusal(
             q, k, v, dropout_p=dropout_p, enable_gqa=enable_gqa,
             min_length=options.min_length, compensation=options.compensation,
+            masked=keys is not None or elements is not None,
         )  # fmt: skip
         if reason is None and isinstance(mask, str):
             reason = mask
         if reason is not None or isinstance(mask, str):
             self.note(SiteReport(name, "refused", reason), q)
             return None
-        ruling = self.ruling(name, q, k).fitting(q, k, mask)
+        ruling = self.ruling(name, q, k).fitting(q, k, mask, masked=elements is not None)
         if ruling.rows is None:
             self.note(SiteReport(name, "dense", ruling.reason), q)
             return None
@@ -192,7 +197,7 @@ class Engine:
         scale = q.shape[3] ** -0.5 if scale is None else scale
         out: Tensor = torch.ops.afbs.attention(
             q, k, v, ruling.rows, mask.causal, mask.offset, mask.window, scale,
-            options.selector, options.min_length, options.compensation,
+            options.selector, options.min_length, options.compensation, keys, None, None, elements,
         )  # fmt: skip
         return out
 

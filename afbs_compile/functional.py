@@ -50,7 +50,7 @@ def attention(
         query: `[B, Hq, Lq, D]`.
         key: `[B, Hkv, Lk, D]`.
         value: `[B, Hkv, Lk, D]`.
-        attn_mask: As in SDPA; a call with one stays SDPA.
+        attn_mask: As in SDPA; boolean ones are kept exactly, calls with float ones stay SDPA.
         dropout_p: As in SDPA; a call with dropout stays SDPA.
         is_causal: As in SDPA: query i sees keys 0 to i.
         scale: As in SDPA.
@@ -74,10 +74,10 @@ def attention(
     name = site or "attention"
     reason = refusal(
         query, key, value, dropout_p=dropout_p, enable_gqa=enable_gqa,
-        min_length=min_length, compensation=compensation,
+        min_length=min_length, compensation=compensation, masked=attn_mask is not None,
     )  # fmt: skip
-    if attn_mask is not None:
-        reason = "attention() takes no attn_mask"
+    if attn_mask is not None and (is_causal or attn_mask.dtype != torch.bool):
+        reason = "both attn_mask and is_causal" if is_causal else "additive float mask"
     elif reason is None and policy is not None and not torch.compiler.is_compiling():
         reason = unsettled(policy, name, key.shape[2], query.shape[1])
     if reason is not None:
@@ -89,8 +89,9 @@ def attention(
     rows = torch.ops.afbs.policy_of(key.detach(), source, query.shape[1])
     scale = query.shape[3] ** -0.5 if scale is None else scale
     out: Tensor = torch.ops.afbs.attention(
-        query, key, value, rows, is_causal, 0, 0, scale, selector, min_length, compensation
-    )
+        query, key, value, rows, is_causal, 0, 0, scale, selector, min_length, compensation,
+        None, None, None, attn_mask,
+    )  # fmt: skip
     return out
 
 

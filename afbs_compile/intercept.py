@@ -98,11 +98,11 @@ class Intercept(TorchFunctionMode):
         """SDPA's arguments; None if the call must be SDPA."""
         path = self.running.paths[-1] if self.running.paths else "function"
         mask: Mask | str = Mask(bool(is_causal))
-        if attn_mask is not None:
-            mask = "mask depends on an input tensor"
+        if attn_mask is not None and (is_causal or attn_mask.dtype != torch.bool):
+            mask = "both attn_mask and is_causal" if is_causal else "additive float mask"
         return self.engine.attend(
             path, query, key, value, mask=mask, scale=scale, dropout_p=dropout_p,
-            enable_gqa=enable_gqa,
+            enable_gqa=enable_gqa, elements=attn_mask,
         )  # fmt: skip
 
 

@@ -39,7 +39,8 @@ class Resumable:
     ) -> None:
         """Rewrite `gm`; `args` are its inputs, `policy` is one for its sites.
 
-        A graph that changes a value in place is run from the beginning every time.
+        A graph that changes a value in place, or the thread's state, is run from the beginning
+        every time.
         """
         self.gm, self.args, self.memory_bytes = gm, list(args), memory_bytes
         self.rewritten = rewrite(gm, list(sites), policy, selector="sub8", min_length=0)
@@ -48,7 +49,7 @@ class Resumable:
         self.policy = self.inputs[-1]
         self.starts = starts(self.nodes, self.policy)
         self.dead = remaining_uses(self.rewritten)
-        self.pure = not any(written(node) for node in self.nodes)
+        self.pure = not any(written(node) or is_context(node) for node in self.nodes)
         self.interpreter = Interpreter(self.rewritten)
         self.places = {place(x) for x in self.args if isinstance(x, Tensor)}
         self.kept: OrderedDict[tuple[Hashable, ...], tuple[Values, int]] = OrderedDict()
@@ -113,6 +114,12 @@ class Resumable:
 def place(x: Tensor) -> int:
     """Where a tensor's memory is."""
     return x.untyped_storage().data_ptr()
+
+
+def is_context(node: Node) -> bool:
+    """Does the node begin or end a region (autocast, a choice of SDPA's kernels)?"""
+    name = getattr(node.target, "__name__", "")
+    return name.startswith(("_enter_", "_exit_")) or name == "_sdpa_kernel"
 
 
 def starts(nodes: Sequence[Node], policy: Node) -> list[int]:

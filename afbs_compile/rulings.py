@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from afbs_compile.checks import mean_known
+from afbs_compile.kernels.data_mask import KINDS
 from afbs_compile.kernels.dispatch import kernel_of
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.policy import Site as SitePolicy
 from afbs_compile.policy_tensor import to_tensor
 from afbs_compile.report import SiteReport
+from afbs_compile.source import unpadded
 
 Sites = dict[str, SitePolicy]
 
@@ -28,15 +30,21 @@ class Ruling:
     density: float | None = None
     error: float | None = None
 
-    def fitting(self, q: Tensor, k: Tensor, mask: Mask) -> "Ruling":
-        """This ruling, or a refusal if it was made for other calls than this one."""
+    def fitting(self, q: Tensor, k: Tensor, mask: Mask, masked: bool = False) -> "Ruling":
+        """This ruling, or a refusal if it was made for other calls than this one.
+
+        Calls with and without key padding share a ruling (`source.fits`); `masked` ones have
+        single elements hidden.
+        """
         if self.site is None or self.rows is None:
             return self
         shape = len(self.site.heads), self.site.kv_heads, self.site.head_dim
         if shape != (q.shape[1], k.shape[1], q.shape[3]):
             came = f"{q.shape[1]} heads on {k.shape[1]}, head dim {q.shape[3]}"
             return replace(self, rows=None, reason=f"the policy is for other shapes than {came}")
-        if self.site.mask not in descriptions(mask, q.shape[2], k.shape[2]):
+        words = {f"{w} + {KINDS[-1]}" if masked else w
+                 for w in descriptions(mask, q.shape[2], k.shape[2])}  # fmt: skip
+        if unpadded(self.site.mask) not in words:
             why = f"the policy is for a mask that is {self.site.mask!r}, the call's is another"
             return replace(self, rows=None, reason=why)
         return self

@@ -26,6 +26,7 @@ from afbs_compile.kernels.scores import sub_scores
 
 LOGGER = logging.getLogger(__name__)
 HEAD_DIMS = range(32, 257)
+NO_MASKED_BACKWARD = "no backward under a mask that depends on data"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -197,10 +198,8 @@ def no_compensated_backward(compensation: str) -> str | None:
     return None if compensation == "none" else f"no backward with compensation {compensation!r}"
 
 
-def no_backward(device_type: str, data_mask: bool = False) -> str | None:
+def no_backward(device_type: str) -> str | None:
     """Why calls on a device cannot be differentiated, or None if they can."""
-    if data_mask:
-        return "no backward under a mask that depends on data"
     known = device_type in ("cpu", "cuda")
     return None if known else f"no backward on {device_type.upper()}"
 

@@ -105,10 +105,9 @@ def attention_autograd(
         parts = gathered(data, (q.shape[2], k.shape[2]))
         out = dispatch.dense(q, k, v, mask=Mask(causal, offset, window), scale=scale, data=parts)
         return out.transpose(1, 2).contiguous().transpose(1, 2)
-    masked = any(part is not None for part in data)
-    reason = dispatch.no_backward(q.device.type, masked) or dispatch.no_compensated_backward(
-        compensation
-    )
+    reason = dispatch.no_backward(q.device.type) or dispatch.no_compensated_backward(compensation)
+    if any(part is not None for part in data):
+        reason = dispatch.NO_MASKED_BACKWARD
     if reason is not None:
         raise RuntimeError(
             f"afbs::attention has {reason}: call it under torch.no_grad() or "

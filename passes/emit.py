@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from afbs_compile.passes.sites import recorded
 
+KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack", "recompute", "ac_graph_id")
+
 
 @dataclass(slots=True)
 class Emitter:
@@ -54,7 +56,7 @@ class Emitter:
         """A node whose value is known."""
         with self.at.graph.inserting_before(self.at):
             node = self.at.graph.create_node(op, target, args, kwargs)
-        for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+        for key in KEPT:
             if key in self.at.meta:
                 node.meta[key] = self.at.meta[key]
         node.meta["example_value"] = found

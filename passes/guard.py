@@ -3,7 +3,9 @@
 A refused call is never an error: it stays SDPA and its reason is counted.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import SymInt
@@ -11,6 +13,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from afbs_compile.kernels.dispatch import (
+    NO_MASKED_BACKWARD,
     no_backward,
     no_compensated_backward,
     no_data_mask,
@@ -18,43 +21,77 @@ from afbs_compile.kernels.dispatch import (
 )
 from afbs_compile.passes.sites import Call, recorded, value
 
-ENTER = {"_vmap_increment_nesting": "vmap", "_enter_autocast": "autocast"}
-LEAVE = {"_vmap_decrement_nesting": "vmap", "_exit_autocast": "autocast"}
-TOGGLE = {"_sdpa_kernel": "sdpa_kernel", "_sdpa_kernel_variadic": "sdpa_kernel"}
+FUSED = frozenset({"CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "FLASH_ATTENTION", "OVERRIDEABLE"})
+MATH_ONLY = "sdpa_kernel without a fused kernel"
 
 
-def contexts(graph: Graph) -> dict[Node, str]:
-    """Nodes inside a region that changes what SDPA means, with the region's name."""
-    open_regions: dict[str, int] = {}
-    inside: dict[Node, str] = {}
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What surrounds a call.
+
+    Attributes:
+        region: A region in which the call must stay as it is, or None.
+        autocast: By device type, the dtype that autocast gives q, k and v.
+    """
+
+    region: str | None = None
+    autocast: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+
+def contexts(graph: Graph) -> dict[Node, Context]:
+    """The context of every node.
+
+    `sdpa_kernel` says which exact kernels may run. A choice that has a fused one in it is open to
+    ours, which is fused too; a choice without (`MATH`: reference results, second derivatives) is
+    kept to.
+    """
+    vmaps, allowed, open_casts = 0, True, dict[Node, tuple[str, torch.dtype | None]]()
+    found: dict[Node, Context] = {}
     for node in graph.nodes:
         name = getattr(node.target, "__name__", "")
-        if name in ENTER:
-            open_regions[ENTER[name]] = open_regions.get(ENTER[name], 0) + 1
-        elif name in LEAVE:
-            open_regions[LEAVE[name]] = open_regions.get(LEAVE[name], 0) - 1
-        elif name in TOGGLE:
-            open_regions[TOGGLE[name]] = 1 - open_regions.get(TOGGLE[name], 0)
-        elif region := next((r for r, depth in open_regions.items() if depth > 0), None):
-            inside[node] = region
-    return inside
+        if name in ("_vmap_increment_nesting", "_vmap_decrement_nesting"):
+            vmaps += 1 if "increment" in name else -1
+        elif name == "_sdpa_kernel":
+            allowed = any(backend(x) in FUSED for x in node.args[0])
+        elif name == "_enter_autocast":
+            open_casts[node] = cast_of(node)
+        elif name == "_exit_autocast":
+            open_casts.pop(node.args[0], None)
+        region = "vmap" if vmaps > 0 else None if allowed else MATH_ONLY
+        casts = dict(open_casts.values())  # the innermost comes last
+        found[node] = Context(region, {d: t for d, t in casts.items() if t is not None})
+    return found
+
+
+def backend(x: object) -> str:
+    """The name of an SDPA backend, given as such or as a node that makes it from its name."""
+    return str(x.args[0]) if isinstance(x, Node) else str(getattr(x, "name", x))
+
+
+def cast_of(node: Node) -> tuple[str, torch.dtype | None]:
+    """Device type and dtype of an autocast region; None where it is switched off."""
+    device, dtype, enabled = cast(tuple[str, torch.dtype | None, bool], node.args[:3])
+    if not enabled:
+        return str(device), None
+    return str(device), dtype or torch.get_autocast_dtype(str(device))
 
 
 def refusal(
-    call: Call, region: str | None, min_length: int, compensation: str = "none"
+    call: Call, context: Context, min_length: int, compensation: str = "none"
 ) -> str | None:
     """Why this call must stay dense, or None if nothing in the graph speaks against it."""
-    if region:
-        return f"inside {region}"
+    if context.region:
+        return f"inside {context.region}"
     if not (isinstance(call.dropout_p, int | float) and call.dropout_p == 0):
         return "dropout"
     nodes = [n for n in (call.query, call.key, call.value, call.attn_mask) if isinstance(n, Node)]
     if len(nodes) < 3 or not all(isinstance(recorded(n), torch.Tensor) for n in nodes):
         return "shapes are not recorded in the graph"
     tensors = [value(n) for n in (call.query, call.key, call.value)]
+    cast = context.autocast.get(tensors[0].device.type)
     return (
         shape_refusal(bool(call.enable_gqa), tensors)
-        or dtype_refusal(tensors)
+        or dtype_refusal(tensors, cast)
         or gradient_refusal(tensors, compensation)
         or length_refusal(tensors[0].shape[2], min_length)
         or mask_refusal(call)
@@ -90,9 +127,12 @@ def may_agree(one: int | SymInt, other: int | SymInt) -> bool:
     return None not in hints and hints[0] == hints[1]
 
 
-def dtype_refusal(tensors: Iterable[torch.Tensor]) -> str | None:
-    """Devices, dtypes and head dims without a kernel."""
-    kinds = {(t.device.type, t.dtype) for t in tensors}
+def dtype_refusal(tensors: Iterable[torch.Tensor], cast: torch.dtype | None = None) -> str | None:
+    """Devices, dtypes (behind autocast's `cast`, which spares float64) and head dims."""
+    kinds = {
+        (t.device.type, t.dtype if cast is None or t.dtype == torch.float64 else cast)
+        for t in tensors
+    }
     if len(kinds) > 1:
         return "q, k and v differ in dtype or device"
     (device, dtype), dim = kinds.pop(), next(iter(tensors)).shape[3]
@@ -112,8 +152,7 @@ def data_refusal(call: Call, compensation: str = "none") -> str | None:
     """Why a call cannot have a mask that depends on data."""
     tensors = [value(n) for n in (call.query, call.key, call.value)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        reason = no_backward(tensors[0].device.type, data_mask=True)
-        return f"needs gradients: {reason} (run under torch.no_grad or torch.inference_mode)"
+        return f"needs gradients: {NO_MASKED_BACKWARD} (run under torch.no_grad)"
     return no_data_mask(compensation)
 
 

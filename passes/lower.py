@@ -2,8 +2,10 @@
 
 | form | pass |
 |---|---|
+| subgraphs of activation checkpointing and `nested_compile_region` | `regions` |
 | `nn.MultiheadAttention`, `nn.TransformerEncoderLayer` | `modules` |
 | matmul, softmax, matmul | `chains` |
+| a fused kernel of SDPA by its own name | `fused` |
 | SDPA on three axes | `views` |
 What SDPA stands for is kept until the call is accepted (`forms.Form`).
 """
@@ -13,14 +15,16 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
 
-from afbs_compile.passes import chains, modules, views
+from afbs_compile.passes import chains, fused, modules, regions, views
 from afbs_compile.passes.copying import copy
 from afbs_compile.passes.forms import Form
 from afbs_compile.passes.spellings import is_softmax
 
 PASSES: tuple[Callable[[GraphModule], Iterable[Form | tuple[Node, str]]], ...] = (
+    regions.lower,
     modules.lower,
     chains.lower,
+    fused.lower,
     views.lower,
 )
 
@@ -57,8 +61,8 @@ class Lowered:
 
 def lower(gm: GraphModule) -> Lowered:
     """Turn a graph's attention into SDPA; the graph itself is not changed."""
-    known = any(is_softmax(n) or modules.is_module(n) for n in gm.graph.nodes)
-    if not known and not views.candidates(gm):
+    known = any(is_softmax(n) or modules.is_module(n) or fused.is_fused(n) for n in gm.graph.nodes)
+    if not known and not views.candidates(gm) and not regions.candidates(gm):
         return Lowered(gm)
     result = Lowered(copy(gm)[0])
     for run in PASSES:

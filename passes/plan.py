@@ -56,14 +56,14 @@ def plan(
     placeholders = [n for n in work.graph.nodes if n.op == "placeholder"]
     inputs = dict(zip(placeholders, example_inputs, strict=True))
     result = Plan(work, [], {named[n]: reason for n, reason in lowered.refused.items()}, [])
-    regions = guard.contexts(work.graph)
+    contexts = guard.contexts(work.graph)
     standing = {form.sdpa: form.reason for form in lowered.forms}
     around = rules.Surroundings.of(work, inputs)
     recognised: Recognised = {}
     back = []
     for call in find(work, lowered.refused):
         reason = standing.get(call.node) or guard.refusal(
-            call, regions.get(call.node), min_length, compensation
+            call, contexts[call.node], min_length, compensation
         )
         rule = None if reason else rule_of(around, call, recognised)
         if isinstance(rule, MaskRule) and rule.data:

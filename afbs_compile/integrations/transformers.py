@@ -130,15 +130,19 @@ def sparse(
     other = next((name for name in OTHER_SCORES if kwargs.get(name) is not None), None)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     mask: Mask | str = Mask(bool(causal))  # SDPA's own: it slices longer keys off
+    keys: Tensor | None = None
+    elements: Tensor | None = None
     if isinstance(attention_mask, DescribedMask):
-        mask = attention_mask.rule
+        mask, keys = attention_mask.rule, attention_mask.keys
     elif attention_mask is not None:
-        mask = "mask depends on an input tensor (padding, packing or a custom mask)"
+        boolean = attention_mask.dtype == torch.bool
+        mask, elements = Mask() if boolean else "additive float mask", attention_mask
     if other is not None:
         mask = f"attention scores with {other}"
     return engine.attend(
-        path, query, key, value, mask=mask, scale=scaling, dropout_p=dropout, enable_gqa=True
-    )
+        path, query, key, value, mask=mask, scale=scaling, dropout_p=dropout, enable_gqa=True,
+        keys=keys, elements=elements,
+    )  # fmt: skip
 
 
 def caller_of(module: nn.Module) -> tuple[Engine, str] | None:
@@ -197,16 +201,19 @@ def length_of(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 
 
 def plain(kwargs: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """A call's keywords without an attention mask; None if the mask hides a token."""
+    """A call's keywords for a trace: without an attention mask that hides nothing.
+
+    None if the masks were built before the call, and hide something: a trace would not see how.
+    """
     mask = kwargs.get("attention_mask")
     parts = mask.values() if isinstance(mask, Mapping) else [mask]
     if all(hides_nothing(part) for part in parts):
         return {name: value for name, value in kwargs.items() if name != "attention_mask"}
-    return None
+    return kwargs if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def hides_nothing(mask: Any) -> bool:
     """Is a mask what the model makes of none?"""
-    if mask is None or isinstance(mask, DescribedMask):
+    if mask is None or (isinstance(mask, DescribedMask) and mask.keys is None):
         return True
     return isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all())

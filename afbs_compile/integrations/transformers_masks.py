@@ -23,18 +23,24 @@ class DescribedMask(torch.Tensor):
     """A boolean mask `[B, 1, Lq, Lk]` that is known but not built; any use of it builds it."""
 
     rule: Mask
+    keys: Tensor | None
     build: Callable[[], Tensor]
     built: Tensor | None
 
     @classmethod
     def of(
-        cls, shape: tuple[int, ...], device: torch.device, rule: Mask, build: Callable[[], Any]
+        cls,
+        shape: tuple[int, ...],
+        device: torch.device,
+        rule: Mask,
+        keys: Tensor | None,
+        build: Callable[[], Any],
     ) -> "DescribedMask":
-        """A mask that is `rule`, and that `build` gives as a tensor."""
+        """A mask that is `rule` and bool `keys` `[B, Lk]`, and that `build` gives as a tensor."""
         mask: DescribedMask = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=torch.bool, device=device
         )
-        mask.rule, mask.build, mask.built = rule, build, None
+        mask.rule, mask.keys, mask.build, mask.built = rule, keys, build, None
         return mask
 
     def tensor(self) -> Tensor:
@@ -74,16 +80,25 @@ def afbs_mask(
     if torch.compiler.is_compiling() or q_length < SHORT or others.get("use_vmap"):
         return built()
     rule = described(mask_function)
-    if rule is None or not rule.causal or padded(attention_mask, int(q_offset) + q_length):
+    if rule is None:
         return built()
     offset = int(q_offset) - kv_offset
+    hidden = padded(attention_mask, int(q_offset) + q_length if rule.causal else kv_length)
+    keys = None
+    if hidden:
+        found = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        if found is None or found.shape[-1] < kv_offset + kv_length:
+            return built()
+        keys = found[:, kv_offset : kv_offset + kv_length].to(device=device, dtype=torch.bool)
     last = q_length - 1 + offset  # the last query's place among the keys
     window = rule.window if rule.window <= last else 0
-    if allow_is_causal_skip and not window and (offset == 0 or kv_length == q_length == last + 1):
-        return built()  # SDPA's is_causal says it
+    same = offset == 0 or kv_length == q_length == last + 1
+    if keys is None and (not rule.causal or (allow_is_causal_skip and not window and same)):
+        return built()  # SDPA says it without a mask
     shape = (batch_size, 1, q_length, kv_length)
+    own = Mask(True, offset, window) if rule.causal else Mask()
     tensor = partial(build, allow_is_causal_skip=False)
-    return DescribedMask.of(shape, torch.device(device), Mask(True, offset, window), tensor)
+    return DescribedMask.of(shape, torch.device(device), own, keys, tensor)
 
 
 def described(mask_function: Callable[..., Any]) -> Mask | None:

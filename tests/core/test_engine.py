@@ -209,14 +209,20 @@ def test_a_watched_model_can_be_collected():
     assert gone() is None
 
 
-def test_masks_stay_sdpas_and_gradients_flow():
+def test_masks_of_their_own_are_exact_and_gradients_flow():
     model, x = Model(), tokens()
     mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(3)
+    mask[300:] &= torch.arange(LENGTH) % 7 > 0
+    dense = run(model, x, mask)
     with afbs_compile.sparse(model, **OPTIONS):
-        run(model, x)
+        assert not torch.equal(run(model, x, mask), dense)
+        assert len(rewritten()) == 3
+        afbs_compile.use_policy(taus(only_policy(), 1.0))
+        torch.testing.assert_close(run(model, x, mask), dense, atol=1e-5, rtol=1e-5)
         JOURNAL.clear()
-        assert torch.equal(run(model, x, mask), run(Model(), x, mask))
-        assert afbs_compile.explain().reasons == {"mask depends on an input tensor": 3}
+        bias = torch.zeros(LENGTH, LENGTH)
+        run(model, x, bias)
+        assert afbs_compile.explain().reasons == {"additive float mask": 3}
         model(x).sum().backward()
     assert model.layers[0].q.weight.grad.abs().sum() > 0
 

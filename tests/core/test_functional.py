@@ -65,6 +65,17 @@ def test_everything_kept_is_sdpa(causal, sizes):
     assert last().kernel == "FlexAttention"
 
 
+@pytest.mark.parametrize("shape", [(300, 300), (2, 1, 1, 300), (2, 4, 300, 300)])
+def test_a_boolean_mask_is_kept_exactly(shape):
+    q, k, v = tensors()
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.rand(shape, generator=generator) > 0.3
+    ours = afbs_compile.attention(q, k, v, mask, enable_gqa=True, tau=1.0, **FEW)
+    want = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    torch.testing.assert_close(ours, want, atol=1e-5, rtol=1e-5)
+    assert last().decision == "sparse"
+
+
 def test_a_site_of_a_policy_gives_its_thresholds(two_heads, tmp_path):
     q, k, v = tensors()
     keywords = {"is_causal": True, "enable_gqa": True, **FEW}
@@ -98,7 +109,7 @@ def test_a_changed_policy_file_is_read_again(two_heads, tmp_path):
 
 
 REFUSED = [
-    ("attention() takes no attn_mask", {"attn_mask": torch.ones(300, 300).tril() > 0}),
+    ("additive float mask", {"attn_mask": torch.zeros(300, 300)}),
     ("dropout", {"dropout_p": 0.5}),
     ("short: 300 queries, min_length is 301", {"min_length": 301}),
 ]

@@ -163,20 +163,27 @@ def test_a_sliding_window_needs_no_mask_tensor(monkeypatch):
     hf.disable(model)
 
 
-def test_padding_and_gradients_stay_sdpas():
+def test_padding_is_exact_and_gradients_are_sdpas():
     model, x = model_of(), ids(batch=2)
     padding = torch.ones_like(x)
     padding[1, :100] = 0
-    dense = logits(model, x, attention_mask=padding)
+    dense, whole = logits(model, x, attention_mask=padding), logits(model, x)
+    real = padding.bool()
     hf.enable(model, **OPTIONS)
-    assert torch.equal(logits(model, x, attention_mask=padding), dense)
-    assert any("padding" in r for r in afbs_compile.explain().reasons)
-    JOURNAL.clear()
-    logits(model, x, attention_mask=torch.ones_like(x))
+    padded = logits(model, x, attention_mask=padding)
     assert len(sparse_sites()) == 2
+    assert not torch.equal(padded[real], dense[real])
+    JOURNAL.clear()
+    logits(model, x, attention_mask=torch.ones_like(x))  # the same policy
+    assert len(sparse_sites()) == 2
+    keep_everything(model)
+    padded = logits(model, x, attention_mask=padding)
+    torch.testing.assert_close(padded[real], dense[real], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(model, x), whole, atol=1e-4, rtol=1e-4)
+    JOURNAL.clear()
     model(x).logits.sum().backward()
     assert model.model.layers[0].self_attn.q_proj.weight.grad is not None
-    assert any(r.startswith("needs gradients") for r in afbs_compile.explain().reasons)
+    assert all(r.startswith("needs gradients") for r in afbs_compile.explain().reasons)
     hf.disable(model)
 
 
@@ -206,9 +213,31 @@ def test_a_described_mask_is_transformers_mask(start, end, window):
         return
     assert mask.shape == want.shape
     if isinstance(mask, masks.DescribedMask):
+        assert mask.keys is None
         assert torch.equal(as_tensor(mask.rule, want), want[0, 0])
     assert torch.equal(mask & True, want)  # any use builds it
     assert torch.equal(mask[:, :, :, :30], want[..., :30])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kept", [(0, 340), (25, 340), (0, 320)])
+def test_padding_is_described_by_its_keys(causal, kept):
+    padding = torch.zeros(2, 340, dtype=torch.bool)
+    padding[0], padding[1, slice(*kept)] = True, True
+    function = masking_utils.causal_mask_function if causal else (
+        masking_utils.bidirectional_mask_function)  # fmt: skip
+    sizes = {"batch_size": 2, "q_length": 300, "kv_length": 340, "q_offset": 40,
+             "mask_function": function, "attention_mask": padding}  # fmt: skip
+    mask = masks.afbs_mask(**sizes, allow_is_bidirectional_skip=not causal)
+    want = masking_utils.sdpa_mask(**sizes, allow_is_causal_skip=False)
+    if mask is None:
+        assert bool(want.all())
+        return
+    found = as_tensor(mask.rule, want).expand_as(want)
+    if mask.keys is not None:
+        found = found & mask.keys[:, None, None]
+    assert torch.equal(found, want)
+    assert torch.equal(mask & True, want)
 
 
 def test_other_functions_of_positions_are_not_described():

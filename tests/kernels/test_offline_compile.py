@@ -12,15 +12,18 @@ import sys
 import pytest
 
 SHARED_BYTES = {80: 166_912, 86: 101_376, 90: 232_448}  # what one program may use
-CASES = {  # head_dim, dtype, block_m, block_n, causal, selector
+CASES = {  # head_dim, dtype, block_m, block_n, causal, selector, parts of a data mask
     "half": (128, "bfloat16", 128, 64, True, "sub8"),
     "odd": (80, "float16", 64, 64, False, "sub4"),
     "fp32": (64, "float32", 128, 64, True, "mean"),
     "wide": (256, "bfloat16", 128, 64, True, "mean"),
     "wide fp32": (256, "float32", 128, 128, False, "sub8"),
     "largest": (128, "bfloat16", 128, 128, True, "sub4"),
+    "padded": (128, "bfloat16", 128, 64, True, "sub8", "keys"),
+    "packed": (80, "float16", 128, 64, True, "mean", "keys segments"),
+    "elements": (64, "float32", 128, 64, False, "sub4", "elements"),
 }
-QUICK = [(80, "odd"), (90, "half")]
+QUICK = [(80, "odd"), (90, "half"), (90, "padded")]
 OTHERS = [(arch, case) for arch in SHARED_BYTES for case in CASES if (arch, case) not in QUICK]
 
 
@@ -37,7 +40,8 @@ def shared_memory(arch, case, tmp_path):
 @pytest.mark.parametrize(("arch", "case"), QUICK)
 def test_compiles_and_fits(arch, case, tmp_path):
     used = shared_memory(arch, case, tmp_path)
-    assert used.keys() == {
+    masks = {"states_kernel"} if len(CASES[case]) > 6 else set()
+    assert used.keys() == masks | {
         "pool_kernel", "score_kernel", "pick_kernel", "forward_kernel", "columns_kernel",
         "merge_kernel", "decode_kernel", "join_kernel",
     }  # fmt: skip
@@ -61,10 +65,12 @@ def compile_for(arch, case):
         triton_compensation,
         triton_decode,
         triton_forward,
+        triton_mask,
         triton_pool,
         triton_scores,
         triton_selection,
     )
+    from afbs_compile.kernels.data_mask import DataMask
     from afbs_compile.kernels.geometry import Mask
 
     class AbsentDriver:
@@ -97,18 +103,23 @@ def compile_for(arch, case):
     Compiled(triton_scores, "score_kernel")
     Compiled(triton_selection, "pick_kernel")
     Compiled(triton_forward, "forward_kernel")
+    Compiled(triton_mask, "states_kernel")
     Compiled(triton_compensation, "columns_kernel")
     Compiled(triton_compensation, "merge_kernel")
     Compiled(triton_decode, "decode_kernel")
     Compiled(triton_decode, "join_kernel")
     for module in (triton_scores, triton_forward, triton_decode):
         module.shared_memory_bytes = lambda device: SHARED_BYTES[arch]
-    head_dim, dtype, block_m, block_n, causal, selector = CASES[case]
+    head_dim, dtype, block_m, block_n, causal, selector, *parts = CASES[case]
     q = torch.zeros(1, 2, 256, head_dim, dtype=getattr(torch, dtype))
     k, policy = q[:, :1], torch.zeros(2, 8)
     site = {"mask": Mask(causal), "scale": 1.0, "block_m": block_m, "block_n": block_n}
-    counts, indices = triton_selection.select(q, k, policy, selector=selector, **site)
-    results = triton_forward.forward(q, k, k, counts, indices, policy, **site)
+    ids, rows = torch.zeros(1, 256, dtype=torch.long), torch.ones(1, 1, 256, 256).bool()
+    made = {"keys": ids == 0, "q_segments": ids, "k_segments": ids, "elements": rows}
+    wanted = {n: x for n, x in made.items() if parts and n.split("_")[-1] in parts[0]}
+    data = DataMask(**wanted) if parts else None
+    counts, indices = triton_selection.select(q, k, policy, selector=selector, data=data, **site)
+    results = triton_forward.forward(q, k, k, counts, indices, policy, data=data, **site)
     lists = counts.zero_(), indices.zero_()  # nobody has written them; these are read on the host
     triton_compensation.compensate(*results, q, k, k, *lists, policy, **site)
     cache, places = k[:, 0], torch.zeros(2, 1, dtype=torch.int32)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from afbs_compile.kernels.geometry import Mask
+from afbs_compile.passes import guard
 from afbs_compile.passes.plan import plan
 from afbs_compile.passes.rewrite import rewrite
 
@@ -90,11 +91,6 @@ def vmapped(q, k, v):
     return torch.vmap(F.scaled_dot_product_attention)(q[None], k[None], v[None])
 
 
-def autocast(q, k, v):
-    with torch.autocast("cpu", torch.bfloat16):
-        return F.scaled_dot_product_attention(q, k, v)
-
-
 def chosen_kernel(q, k, v):
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         return F.scaled_dot_product_attention(q, k, v)
@@ -109,7 +105,6 @@ REFUSED = [
         vmapped, {}, "inside vmap",
         marks=pytest.mark.filterwarnings("ignore:There is a performance drop"),
     ),
-    (autocast, {}, "inside autocast"),
     (chosen_kernel, {}, "inside sdpa_kernel"),
     (sdpa(), {"dim": 16}, "head dim 16"),
     (lambda q, k, v: F.scaled_dot_product_attention(q, k, v[..., :16]), {}, "value head dim"),
@@ -127,7 +122,8 @@ def test_refused_with_its_reason(function, shape, reason):
     assert reason in why
 
 
-def test_gradients_are_refused_where_there_is_no_backward():
+def test_gradients_are_refused_where_there_is_no_backward(monkeypatch):
+    monkeypatch.setattr(guard, "no_backward", lambda device_type: "no backward here")
     planner = Planner()
     q, k, v = tensors()
     out = torch.compile(sdpa(), backend=planner)(q.requires_grad_(), k, v)

@@ -1,4 +1,4 @@
-"""SDPA on three axes is SDPA on four; heads keep their policies where they can be seen."""
+"""SDPA on three axes, or by a kernel's name, is SDPA on four; heads keep their policies."""
 
 import pytest
 import torch
@@ -40,9 +40,25 @@ def unbatched(q, k, v):
     return F.scaled_dot_product_attention(q[0], k[0], v[0], lower_triangle())
 
 
+def by_name(q, k, v):
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=True)[0]
+
+
+def by_overload(q, k, v):
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    mask = torch.full((1, 1, L, L), float("-inf")).triu(1)
+    return kernel(q, k, v, 0.0, False, attn_mask=mask, scale=0.2)[0]
+
+
+def with_statistics(q, k, v):
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+
+
 @pytest.mark.parametrize(
     ("function", "heads"),
     [
+        (by_name, H),
+        (by_overload, H),
         (views, H),
         (views_under_a_mask, H),
         (views_under_one_mask, H),
@@ -70,6 +86,15 @@ def test_three_axes_become_four(function, heads, policy_tensor):
             found.gm, found.sites, policy, selector="sub8", min_length=L + 1
         )  # dense inside
         torch.testing.assert_close(new(*inputs, policy)[0], gm(*inputs)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_kernel_whose_statistics_are_read_stays():
+    seen = []
+    args = [torch.randn(B, H, L, D) for _ in range(3)]
+    torch.compile(
+        with_statistics, backend=lambda gm, x: seen.append(plan(gm, x, 16)) or gm.forward
+    )(*args)
+    assert list(seen[0].refused.values()) == ["log-sum-exps of a fused kernel are read"]
 
 
 def test_a_refused_call_stays_on_three_axes():
