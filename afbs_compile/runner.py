@@ -89,7 +89,7 @@ class Runner:
         self.buckets: dict[tuple[Weights, int], Bound] = {}  # by weights and bucket
         self.layers: dict[Weights, Layer] = {}
         self.given: dict[str, Policy] = {}  # by key of the layer
-        self.watch = Watch(1 if options.policy else options.calibration_calls)
+        self.watch = Watch(0 if options.policy else options.calibration_calls)
         RUNNERS.add(self)
 
     def __call__(self, *args: Any) -> Any:

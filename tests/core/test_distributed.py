@@ -92,7 +92,6 @@ def mean(found):
     return [sum(pair) / 2 for pair in zip(*[one["losses"] for one in found], strict=True)]
 
 
-@pytest.mark.xfail(reason="the first loss agrees, the one after a step does not: not understood")
 def test_two_steps_of_fsdp_by_block(tmp_path):
     found = together(tmp_path, BUDGETS, "fsdp", "block", steps=2)
     torch.testing.assert_close(mean(found), alone(Reference(BUDGETS), 2), atol=1e-5, rtol=1e-5)
