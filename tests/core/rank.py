@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 LENGTH, LAYERS, HEADS, DIM = 328, 12, 2, 32
-WIDTH, CHANGES, RATE = HEADS * DIM, 50, 0.5
+WIDTH, CHANGES, RATE = HEADS * DIM, 50, 0.002
 
 
 class Block(nn.Module):

@@ -1,4 +1,4 @@
-"""Two ranks on gloo train as one process does: FSDP2, compiled block by block."""
+"""Two ranks on gloo train as one process does: DDP and FSDP2, by block and whole."""
 
 import importlib.util
 import json
@@ -92,8 +92,46 @@ def mean(found):
     return [sum(pair) / 2 for pair in zip(*[one["losses"] for one in found], strict=True)]
 
 
+def check(found, want):
+    torch.testing.assert_close(torch.tensor(mean(found)), torch.tensor(want), atol=1e-5, rtol=1e-5)
+    assert want[-1] < 0.999 * want[0], "nothing was learned, so nothing was compared"
+    for one in found:
+        assert one["sites"] == rank.LAYERS
+        assert one["graphs"] == 0
+
+
 def test_two_steps_of_fsdp_by_block(tmp_path):
     found = together(tmp_path, BUDGETS, "fsdp", "block", steps=2)
     torch.testing.assert_close(mean(found), alone(Reference(BUDGETS), 2), atol=1e-5, rtol=1e-5)
     assert mean(found) != pytest.approx(alone(Dense(), 2), abs=1e-4)
     assert [one["sites"] for one in found] == [rank.LAYERS] * 2
+
+
+WAYS = [
+    ("fsdp", "block"),
+    ("fsdp", "whole"),
+    ("ddp", "block"),
+    ("ddp", "whole"),
+    ("ddp-one-graph", "whole"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("wrap", "scope"), WAYS)
+def test_everything_kept_is_dense(tmp_path, wrap, scope):
+    check(together(tmp_path, [1.0] * rank.LAYERS, wrap, scope), alone(Dense(), 10))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize(("wrap", "scope"), WAYS)
+def test_twelve_budgets_act_as_twelve(tmp_path, wrap, scope, inner):
+    """Equal to one sparse process; then fifty changes of the budgets without a graph."""
+    found = together(tmp_path, BUDGETS, wrap, scope, inner)
+    model = Reference(BUDGETS)
+    check(found, alone(model, 10))
+    model.budget([0.2 + (rank.CHANGES - 1 + n) % 9 / 20 for n in range(rank.LAYERS)])
+    with torch.no_grad():
+        last = [rank.loss_of(model(rank.sample(n))).item() for n in range(2)]
+    assert [one["last"] for one in found] == pytest.approx(last, abs=1e-5)
+    assert [one["took"] for one in found] == [rank.LAYERS] * 2
