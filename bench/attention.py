@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from afbs_compile.bench import cases, harness, problems, tables, training
+from afbs_compile.bench import cases, harness, problems, script, training
 from afbs_compile.bench.baselines import QUICK, THOROUGH, Flex, Notes
 from afbs_compile.bench.cases import Bench, Row
 from afbs_compile.bench.checks import WrongResult
 from afbs_compile.bench.problems import Problem, Shape
-from afbs_compile.cli import BENCH_CASES, add_bench_options
+from afbs_compile.cli import BENCH_CASES
 from afbs_compile.commands.errors import CommandError
 from afbs_compile.progress import Progress
 
@@ -169,19 +169,5 @@ def shapes(text: str | None) -> list[Shape] | None:
         raise CommandError(str(error)) from error
 
 
-def main() -> int:
-    """Run the grid, store it among the committed results, and print the README's table."""
-    parser = argparse.ArgumentParser(description="Attention on a GPU, against its rivals.")
-    add_bench_options(parser)
-    args = parser.parse_args()
-    try:
-        document = run(args, args.output or harness.RESULTS)
-    except CommandError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    print(tables.attention(document))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script.main("attention"))

@@ -11,10 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from afbs_compile.bench import balance_show, harness
+from afbs_compile.bench import balance_show, harness, script
 from afbs_compile.bench.balance_run import BATCHES, Case, cases, row_of, simulate
 from afbs_compile.bench.balance_world import MIXTURES, MODELS, SAMPLE_SCATTER, cluster, data
-from afbs_compile.commands.balance_options import add_balance_options
 from afbs_compile.commands.errors import CommandError
 from afbs_compile.progress import OnProgress, Progress
 
@@ -162,19 +161,5 @@ def run(args: argparse.Namespace, output: Path | None) -> dict[str, Any]:
     return document
 
 
-def main() -> int:
-    """Simulate, store among the committed results, and show."""
-    parser = argparse.ArgumentParser(description="Balanced training on simulated clusters.")
-    add_balance_options(parser)
-    args = parser.parse_args()
-    try:
-        document = run(args, args.output or harness.RESULTS)
-    except CommandError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    balance_show.show(document)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script.main("balance"))

@@ -6,7 +6,6 @@ fixed tau, with the same graph on the plain-torch oracle; tuned, every head's er
 promised.
 """
 
-import argparse
 import sys
 import time
 from argparse import Namespace
@@ -20,13 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from afbs_compile import cache
-from afbs_compile.bench import forced, harness, zoo, zoo_diffusion
-from afbs_compile.bench.coverage_table import MAX_ERROR, coverage, wrong
+from afbs_compile.bench import forced, script, zoo, zoo_diffusion
+from afbs_compile.bench.coverage_table import MAX_ERROR, wrong
 from afbs_compile.bench.forced import Forced, distance
 from afbs_compile.bench.ledger import Ledger, Row
 from afbs_compile.bench.zoo import Cell, Entry, Inputs, Missing
 from afbs_compile.capture import Stream
-from afbs_compile.commands.coverage_options import add_coverage_options
 from afbs_compile.commands.errors import CommandError
 from afbs_compile.evaluators import DirectEvaluator
 from afbs_compile.policy import Head
@@ -297,19 +295,5 @@ def line(row: Row) -> str:
     return f"{said}{reasons}; {wrong(row) or 'right'}; {row['cpu_seconds']} s"
 
 
-def command_line() -> int:
-    """Measure, store among the committed results, and print the table."""
-    parser = argparse.ArgumentParser(description="Which attention of which models is rewritten?")
-    add_coverage_options(parser)
-    args = parser.parse_args()
-    try:
-        document = run(args, args.output or harness.RESULTS)
-    except CommandError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    print(coverage(document))
-    return int(any(wrong(row) for row in document["rows"]))
-
-
 if __name__ == "__main__":
-    sys.exit(command_line())
+    sys.exit(script.main("coverage"))

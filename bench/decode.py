@@ -17,11 +17,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import LlamaConfig
 
-from afbs_compile.bench import decode_model, decode_prompt, harness
+from afbs_compile.bench import decode_model, decode_prompt, harness, script
 from afbs_compile.bench.checks import FORWARD_BAR, WrongResult, relative, require
-from afbs_compile.bench.decode_show import compared, show
+from afbs_compile.bench.decode_show import compared
 from afbs_compile.bench.ledger import Ledger, Row
-from afbs_compile.commands.decode_options import VARIANTS, add_decode_options
+from afbs_compile.commands.decode_options import VARIANTS
 from afbs_compile.commands.errors import CommandError
 from afbs_compile.kernels import decode
 from afbs_compile.progress import Progress
@@ -226,18 +226,5 @@ def run(args: argparse.Namespace, output: Path | None) -> dict[str, Any]:
     return document
 
 
-def main() -> int:
-    """Measure, store among the committed results, and print the table."""
-    parser = argparse.ArgumentParser(description="Tokens a second with a hybrid cache.")
-    add_decode_options(parser)
-    args = parser.parse_args()
-    try:
-        show(run(args, args.output or harness.RESULTS))
-    except CommandError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script.main("decode"))

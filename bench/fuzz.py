@@ -6,7 +6,6 @@ thresholds what the same model says with block-sparse attention in plain torch, 
 every rewritten layer is known without looking at data.
 """
 
-import argparse
 import copy
 import random
 import sys
@@ -21,12 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import remove_from_cache
 
-from afbs_compile.bench import forced, harness, random_models
+from afbs_compile.bench import forced, random_models, script
 from afbs_compile.bench.forced import Forced, distance
 from afbs_compile.bench.ledger import Ledger, Row
 from afbs_compile.bench.random_models import Description
-from afbs_compile.commands.coverage_options import add_fuzz_options
-from afbs_compile.commands.errors import CommandError
 from afbs_compile.passes.rewrite import Site
 from afbs_compile.policy import Head
 from afbs_compile.policy_tensor import rows
@@ -186,19 +183,5 @@ def reproduced(seeds: list[int], inner: str) -> Iterator[Row]:
         yield {"seed": seed} | attempt(random_models.describe(seed), inner)
 
 
-def main() -> int:
-    """Try, store among the committed results, and say what was found."""
-    parser = argparse.ArgumentParser(description="Random models against dense ones.")
-    add_fuzz_options(parser)
-    args = parser.parse_args()
-    try:
-        document = run(args, args.output or harness.RESULTS)
-    except CommandError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    print(summary(document))
-    return int(any(row["wrong"] for row in document["rows"]))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script.main("fuzz"))

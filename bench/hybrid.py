@@ -4,7 +4,6 @@ Run: python bench/hybrid.py (or `afbs bench hybrid`). A search reads windows fro
 questions about them; scores are those of other windows and questions.
 """
 
-import argparse
 import sys
 import time
 from argparse import Namespace
@@ -16,11 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from afbs_compile.bench import harness, hybrid_show, windows
+from afbs_compile.bench import hybrid_show, script, windows
 from afbs_compile.bench.ledger import Ledger, Row
 from afbs_compile.bench.windows import Text
 from afbs_compile.commands.errors import CommandError
-from afbs_compile.commands.hybrid_options import add_bench_hybrid_options
 from afbs_compile.commands.hybridize import load
 from afbs_compile.demo.model import LanguageModel
 from afbs_compile.hybrid_calibration import samples
@@ -203,18 +201,5 @@ def judged(ready: Setup, bits: Bits, seen: np.ndarray, losses: Losses) -> Iterat
         }
 
 
-def main() -> int:
-    """Measure, store among the committed results, and print the table."""
-    parser = argparse.ArgumentParser(description="Ways to choose sliding-window heads.")
-    add_bench_hybrid_options(parser)
-    args = parser.parse_args()
-    try:
-        hybrid_show.show(run(args, args.output or harness.RESULTS))
-    except CommandError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script.main("hybrid"))

@@ -3,7 +3,6 @@
 `python bench/quality.py`, or `afbs bench quality`. `docs/benchmarks.md` says what a row means.
 """
 
-import argparse
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from afbs_compile.bench import harness, settings, subject, windows
+from afbs_compile.bench import script, settings, subject, windows
 from afbs_compile.bench.divergence import divergence
 from afbs_compile.bench.ledger import Ledger, Row
 from afbs_compile.bench.settings import Setting
@@ -21,7 +20,6 @@ from afbs_compile.bench.subject import Subject
 from afbs_compile.bench.variants import Thresholds
 from afbs_compile.bench.windows import Text
 from afbs_compile.commands.errors import CommandError
-from afbs_compile.commands.quality_options import add_quality_options
 from afbs_compile.progress import OnProgress, Progress
 
 KEY = ("model", "dtype", "text", "tokens", "setting", "calibration", "window")
@@ -137,28 +135,5 @@ def line(row: Row) -> str:
     )
 
 
-def main() -> int:
-    """Measure, store among the committed results, and print tables."""
-    parser = argparse.ArgumentParser(description="What sparsity costs a language model.")
-    add_quality_options(parser)
-    args = parser.parse_args()
-    try:
-        document = run(args, args.output or harness.RESULTS)
-        show(document, args.plot)
-    except CommandError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    return 0
-
-
-def show(document: dict[str, Any], plot: Path | None) -> None:
-    """Print the tables, and draw the curves if asked."""
-    from afbs_compile.bench import quality_show
-
-    quality_show.show(document)
-    if plot:
-        quality_show.draw(document, plot)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script.main("quality"))

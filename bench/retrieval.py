@@ -4,7 +4,6 @@
 tokens is the likeliest after those before it: what greedy decoding would write.
 """
 
-import argparse
 import math
 import statistics
 import sys
@@ -18,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from afbs_compile import recall
-from afbs_compile.bench import harness, subject
+from afbs_compile.bench import script, subject
 from afbs_compile.bench.divergence import divergence
 from afbs_compile.bench.ledger import Ledger, Row
 from afbs_compile.bench.settings import Setting
@@ -27,7 +26,6 @@ from afbs_compile.bench.variants import Thresholds
 from afbs_compile.bench.windows import Text
 from afbs_compile.commands.errors import CommandError
 from afbs_compile.commands.output import console, number
-from afbs_compile.commands.quality_options import add_retrieval_options
 from afbs_compile.progress import Progress
 from afbs_compile.recall import TASKS, Problem
 
@@ -192,18 +190,5 @@ def summary(rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    """Measure, store among the committed results, and print the table."""
-    parser = argparse.ArgumentParser(description="What a sparse model still finds.")
-    add_retrieval_options(parser)
-    args = parser.parse_args()
-    try:
-        show(run(args, args.output or harness.RESULTS))
-    except CommandError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script.main("retrieval"))

@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from afbs_compile.bench import harness, tuner_show
+from afbs_compile.bench import harness, script, tuner_show
 from afbs_compile.bench.tuner_sites import SHORT, Sites, Subject, subject
 from afbs_compile.commands.errors import CommandError
-from afbs_compile.commands.tuner_options import add_tuner_options
 from afbs_compile.demo import model as models
 from afbs_compile.demo import text as texts
 from afbs_compile.options import STRATEGIES, parse
@@ -191,19 +190,5 @@ def run(args: argparse.Namespace, output: Path | None) -> dict[str, Any]:
     return document
 
 
-def main() -> int:
-    """Measure, store among the committed results, and show."""
-    parser = argparse.ArgumentParser(description="Search strategies side by side.")
-    add_tuner_options(parser)
-    args = parser.parse_args()
-    try:
-        document = run(args, args.output or harness.RESULTS)
-    except CommandError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    tuner_show.show(document)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script.main("tuner"))
