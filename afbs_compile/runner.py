@@ -94,7 +94,10 @@ class Runner:
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph; the arguments are those of Dynamo's graph."""
-        bound = self.bounds.get((self.weights(args), self.shapes.sizes(args)))
+        try:
+            bound = self.bounds.get((self.weights(args), self.shapes.sizes(args)))
+        except TypeError:  # symbolic sizes have no hash: DDPOptimizer asks for the strides
+            bound = None
         if bound is None:
             bound = self.prepare(args)
         return bound.run(*args) if bound.policy is None else bound.run(*args, bound.policy)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import afbs_compile
 from afbs_compile import backend, calibrate, looks, runner
@@ -141,6 +143,21 @@ def test_buckets_are_watched_each(slow_calls):
     serve(compiled, [0, 1, 2])
     serve(compiled, [0, 1, 2], 2 * LENGTH)
     assert [len(t.inputs) for t in stored().tunings] == [2, 2]
+
+
+def test_symbolic_sizes_are_no_call(slow_calls, monkeypatch):
+    compiled = torch.compile(Model(), backend="afbs", options=OPTIONS, dynamic=True)
+    serve(compiled, [0])
+    (running,) = RUNNERS
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    asked = [
+        mode.shape_env.create_unbacked_symint() if isinstance(x, int) else mode.from_tensor(x)
+        for x in slow_calls[0]
+    ]
+    assert any(isinstance(x, torch.SymInt) for x in asked)
+    plain = runner.Bound(lambda *args: "strides", [], torch.empty(0), None)
+    monkeypatch.setattr(Runner, "bound", lambda *_: plain)
+    assert running(*asked) == "strides"
 
 
 def test_nothing_sparse_is_nothing_to_watch(tuning):
