@@ -20,6 +20,8 @@ from afbs_compile.policy_tensor import rows
 from afbs_compile.tuner.heads import Bits, Layout
 
 KIND = "hybrid"
+CHOICE = ("selector", "compensation")  # options that thresholds were tuned for
+Options = dict[str, float | str]
 
 
 def sites_of(
@@ -79,10 +81,15 @@ def combined(hybrid: Policy, tuned: Policy) -> Policy:
         raise ValueError("the second policy has no thresholds; make it with `afbs tune`")
     newest = {t.bucket: t for t in sorted(plain, key=lambda t: (t.complete, t.created))}
     tunings = [
-        replace(t, options=windows.options, sites=merged(windows.sites, t.sites))
+        replace(t, options=both(windows.options, t.options), sites=merged(windows.sites, t.sites))
         for t in newest.values()
     ]
     return Policy(hybrid.model, hybrid.model_name, tuple(tunings))
+
+
+def both(windows: Options, tuned: Options) -> Options:
+    """How the windows were found, and how blocks are chosen: thresholds mean nothing without."""
+    return {**windows, **{name: tuned[name] for name in CHOICE if name in tuned}}
 
 
 def merged(

@@ -346,11 +346,13 @@ def test_windows_and_thresholds_in_one_policy(tmp_path):
         )
         for name, site in tuning.sites.items()
     }  # fmt: skip
-    tuned = replace(hybrid, tunings=(replace(tuning, options={}, sites=sites),))
+    options = {"selector": "sub4", "max_error": 0.1}
+    tuned = replace(hybrid, tunings=(replace(tuning, options=options, sites=sites),))
     both = search(model, ids, tmp_path, thresholds=tuned)
     for name, site in both.tunings[0].sites.items():
         for head, mine in zip(site.heads, tuning.sites[name].heads, strict=True):
             assert (head == mine) if mine.mode == "window" else head.tau == 0.8
+    assert both.tunings[0].options == {**tuning.options, "selector": "sub4"}
     assert tuning.holds_at_any_length
     assert not both.tunings[0].holds_at_any_length
     with pytest.raises(ValueError, match="of the models"):
