@@ -22,6 +22,13 @@ FACTORIES = frozenset(
 )
 OPERATORS = frozenset({"and_", "or_", "not_", "is_"})  # of the module `operator`: not in place
 WRITERS = frozenset({"setitem", "iadd", "imul", "isub", "iand", "ior", "ixor"})
+FRESH = frozenset(  # never views of what they are given
+    {
+        "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full",
+        "new_empty", "zeros", "ones", "full", "empty", "arange", "clone", "where", "masked_fill",
+        "invert", "eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "and_", "or_",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +79,16 @@ def dependent(gm: GraphModule) -> Callable[[Node], bool]:
 
 
 def unstable(gm: GraphModule) -> set[Node]:
-    """Nodes whose values may change after they were computed, and all that hangs on them."""
-    return reached(gm, overwritten(gm).__contains__)
+    """Nodes whose values may be others when they are used than when they are computed again.
+
+    Those that hang on memory that some node writes to, but not on that node: a program cut out of
+    the graph would miss the write. What hangs on the writer as well brings it along, in order.
+    """
+    found = set[Node]()
+    for node in gm.graph.nodes:
+        if targets := overwritten(node):
+            found |= reached(gm, targets.__contains__) - reached(gm, {node}.__contains__)
+    return found
 
 
 def reached(gm: GraphModule, origin: Callable[[Node], bool]) -> set[Node]:
@@ -97,20 +112,25 @@ def depends(node: Node) -> bool:
     return torch.Tag.nondeterministic_seeded in tags or "rand" in str(node.target)
 
 
-def overwritten(gm: GraphModule) -> set[Node]:
-    """Nodes that a later node changes in place, or whose views it does."""
+def overwritten(node: Node) -> set[Node]:
+    """What a node changes in place: the tensor, and all that it may be a view of."""
     found = set[Node]()
-    for node in gm.graph.nodes:
-        if node.op not in ("call_function", "call_method"):
-            continue
-        name = node.target if isinstance(node.target, str) else node_name(node)
-        in_place = name.endswith("_") and not name.endswith("__") and name not in OPERATORS
-        if in_place or name in WRITERS or "out" in node.kwargs:
-            written = node.kwargs.get("out", node.args[0] if node.args else None)
-            while isinstance(written, Node) and written not in found:
-                found.add(written)
-                written = written.args[0] if written.args else None
+    if node.op not in ("call_function", "call_method"):
+        return found
+    name = name_of(node)
+    in_place = name.endswith("_") and not name.endswith("__") and name not in OPERATORS
+    if in_place or name in WRITERS or "out" in node.kwargs:
+        written = node.kwargs.get("out", node.args[0] if node.args else None)
+        while isinstance(written, Node) and written not in found:
+            found.add(written)
+            fresh = written.op == "placeholder" or name_of(written) in FRESH
+            written = written.args[0] if written.args and not fresh else None
     return found
+
+
+def name_of(node: Node) -> str:
+    """The name of what a node calls, as a method or as a function."""
+    return node.target if isinstance(node.target, str) else node_name(node)
 
 
 def node_name(node: Node) -> str:

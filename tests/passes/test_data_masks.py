@@ -240,3 +240,44 @@ def test_a_claim_that_is_wrong_on_the_real_values_is_dropped(monkeypatch):
     monkeypatch.setattr(data_masks, "split", lying)
     (site,) = planned(attend(causal_padding), *tensors(), next(paddings(L))).plan.sites
     assert site.data.kind == ELEMENTS
+
+
+def hidden_of(length):
+    return ~torch.ones(length, length, dtype=torch.bool).tril()
+
+
+def filled_in_place(q, k, v):
+    hidden = hidden_of(q.shape[2])
+    bias = torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def written_beside(q, k, v):
+    mask = ~hidden_of(q.shape[2])
+    weights = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, 1.0)
+    return F.scaled_dot_product_attention(q, k, weights @ v, attn_mask=mask)
+
+
+def filled_and_read_again(q, k, v):
+    hidden = hidden_of(q.shape[2])
+    bias = torch.zeros_like(hidden, dtype=q.dtype)
+    bias.masked_fill_(hidden, -torch.inf)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+@pytest.mark.parametrize("function", [filled_in_place, written_beside])
+def test_a_write_that_a_mask_brings_along_or_has_nothing_to_do_with(function, policy_tensor):
+    args = tensors()
+    planner = planned(function, *args)
+    (site,) = planner.plan.sites
+    assert site.mask == Mask(True)
+    assert not site.data
+    new, policy = rewritten(planner, policy_tensor)
+    out = run(planner, new, policy, (*args, None))
+    torch.testing.assert_close(out, function(*args), atol=1e-5, rtol=1e-5)
+
+
+def test_a_write_that_a_mask_does_not_bring_along():
+    planner = planned(filled_and_read_again, *tensors())
+    assert not planner.plan.sites
+    assert "written in place" in next(iter(planner.plan.refused.values()))
