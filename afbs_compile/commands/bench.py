@@ -1,8 +1,12 @@
 """`afbs bench`: what do kernels, tuning, the backend and balanced training reach?"""
 
 from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
 
 from afbs_compile.commands.output import emit_json, emit_text
+
+Document = dict[str, Any]
 
 
 def run(args: Namespace) -> int:
@@ -15,16 +19,21 @@ def run(args: Namespace) -> int:
     return kinds[args.what](args)
 
 
+def tell(args: Namespace, document: Document, show: Callable[[Document], None]) -> int:
+    """Print the whole result, or what `show` makes of it."""
+    if args.json:
+        emit_json(document)
+    else:
+        show(document)
+    return 0
+
+
 def attention(args: Namespace) -> int:
     """The kernels against their rivals, as the README's table."""
     from afbs_compile.bench import attention, tables
 
     document = attention.run(args, args.output)
-    if args.json:
-        emit_json(document)
-    else:
-        emit_text(tables.attention(document))
-    return 0
+    return tell(args, document, lambda found: emit_text(tables.attention(found)))
 
 
 def tuner(args: Namespace) -> int:
@@ -32,11 +41,7 @@ def tuner(args: Namespace) -> int:
     from afbs_compile.bench import tuner, tuner_show
 
     document = tuner.run(args, args.output)
-    if args.json:
-        emit_json(document)
-    else:
-        tuner_show.show(document)
-    return 0
+    return tell(args, document, tuner_show.show)
 
 
 def quality(args: Namespace) -> int:
@@ -46,11 +51,7 @@ def quality(args: Namespace) -> int:
     document = quality.run(args, args.output)
     if args.plot:
         quality_show.draw(document, args.plot)
-    if args.json:
-        emit_json(document)
-    else:
-        quality_show.show(document)
-    return 0
+    return tell(args, document, quality_show.show)
 
 
 def retrieval(args: Namespace) -> int:
@@ -58,11 +59,7 @@ def retrieval(args: Namespace) -> int:
     from afbs_compile.bench import retrieval
 
     document = retrieval.run(args, args.output)
-    if args.json:
-        emit_json(document)
-    else:
-        retrieval.show(document)
-    return 0
+    return tell(args, document, retrieval.show)
 
 
 def balance(args: Namespace) -> int:
@@ -70,11 +67,7 @@ def balance(args: Namespace) -> int:
     from afbs_compile.bench import balance, balance_show
 
     document = balance.run(args, args.output)
-    if args.json:
-        emit_json(document)
-    else:
-        balance_show.show(document)
-    return 0
+    return tell(args, document, balance_show.show)
 
 
 def coverage(args: Namespace) -> int:
@@ -82,10 +75,7 @@ def coverage(args: Namespace) -> int:
     from afbs_compile.bench import coverage, coverage_table
 
     document = coverage.run(args, args.output)
-    if args.json:
-        emit_json(document)
-    else:
-        emit_text(coverage_table.coverage(document))
+    tell(args, document, lambda found: emit_text(coverage_table.coverage(found)))
     return int(any(coverage_table.wrong(row) for row in document["rows"]))
 
 
@@ -94,10 +84,7 @@ def fuzz(args: Namespace) -> int:
     from afbs_compile.bench import fuzz
 
     document = fuzz.run(args, args.output)
-    if args.json:
-        emit_json(document)
-    else:
-        emit_text(fuzz.summary(document))
+    tell(args, document, lambda found: emit_text(fuzz.summary(found)))
     return int(any(row["wrong"] for row in document["rows"]))
 
 
@@ -106,11 +93,7 @@ def decode(args: Namespace) -> int:
     from afbs_compile.bench import decode, decode_show
 
     document = decode.run(args, args.output)
-    if args.json:
-        emit_json(document)
-    else:
-        decode_show.show(document)
-    return 0
+    return tell(args, document, decode_show.show)
 
 
 def hybrid(args: Namespace) -> int:
@@ -118,8 +101,4 @@ def hybrid(args: Namespace) -> int:
     from afbs_compile.bench import hybrid, hybrid_show
 
     document = hybrid.run(args, args.output)
-    if args.json:
-        emit_json(document)
-    else:
-        hybrid_show.show(document)
-    return 0
+    return tell(args, document, hybrid_show.show)
