@@ -164,10 +164,12 @@ class Tuning:
 
     @property
     def confidence(self) -> float:
-        """Least chance that a head's error on a further input is at most the largest measured one.
+        """Least chance that a head's error on a further input is at most `max_error`.
 
         For inputs that are exchangeable, n / (n + 1) after n of them (conformal prediction, Vovk
-        et al. 2005). The margin that tuning leaves below `max_error` comes on top.
+        et al. 2005): each head's threshold is the most careful that one of them asked for. The
+        margin that tuning leaves below `max_error` comes on top. Targets that were fitted to the
+        same inputs are not accounted for.
         """
         return len(self.inputs) / (len(self.inputs) + 1)
 

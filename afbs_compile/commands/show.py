@@ -78,8 +78,8 @@ def print_tuning(policy: Policy, tuning: dict[str, Any]) -> None:
         f"up to {tuning['bucket']} tokens, {tuning['created']}, {tuning['device']}: "
         f"mean density {number(tuning['density'])}, largest error "
         f"{number(tuning['max_error'], 3)}, {tuning['evaluations']} evaluations in "
-        f"{number(tuning['seconds'], 1)} s on {counted(tuning['inputs'])}: on another one a head "
-        f"stays below that with probability {tuning['confidence']:.0%} or more"
+        f"{number(tuning['seconds'], 1)} s on {counted(tuning['inputs'])}: on another one "
+        f"like them a head keeps max_error with probability {tuning['confidence']:.0%} or more"
         + (f", KL {number(tuning['kl'], 4)}" if tuning["kl"] is not None else "")
         + ("" if tuning["complete"] else ", not complete")
     )
