@@ -38,9 +38,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def network(name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """A Llama of a known size with random weights."""
-    config = LlamaConfig(**MODELS[name])
+def network(name: str, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> Any:
+    """A Llama of a known size with random weights; `layers` replaces its depth."""
+    depth = {} if layers is None else {"num_hidden_layers": layers}
+    config = LlamaConfig(**MODELS[name] | depth)
     with device:
         made: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     return made.eval()

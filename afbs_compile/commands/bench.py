@@ -14,7 +14,7 @@ def run(args: Namespace) -> int:
     kinds = {
         "attention": attention, "tuner": tuner, "quality": quality, "retrieval": retrieval,
         "coverage": coverage, "fuzz": fuzz, "balance": balance, "decode": decode,
-        "hybrid": hybrid,
+        "hybrid": hybrid, "prefill": prefill,
     }  # fmt: skip
     return kinds[args.what](args)
 
@@ -102,3 +102,11 @@ def hybrid(args: Namespace) -> int:
 
     document = hybrid.run(args, args.output)
     return tell(args, document, hybrid_show.show)
+
+
+def prefill(args: Namespace) -> int:
+    """Whole forwards of a long prompt or video."""
+    from afbs_compile.bench import prefill
+
+    document = prefill.run(args, args.output)
+    return tell(args, document, lambda found: emit_text(prefill.table(found)))
