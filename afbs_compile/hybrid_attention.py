@@ -115,10 +115,13 @@ def given(attention_mask: Tensor | None) -> Tensor | None:
 def one(layer: Any, q: Tensor, scale: float) -> Tensor:
     """Attention of the last token over what a layer keeps: `[B, Hq, 1, D]`."""
     batch = q.shape[0]
+    held = layer.keys, layer.values, layer.lengths
+    if batch < layer.max_batch:
+        held = tuple(x[:batch] for x in held)
+    keys, values, lengths = held
     out: Tensor = torch.ops.afbs.decode(
-        q, layer.keys[:batch], layer.values[:batch], layer.bases, layer.slots,
-        layer.lengths[:batch], layer.work, scale, layer.splits,
-    )  # fmt: skip
+        q, keys, values, layer.bases, layer.slots, lengths, layer.work, scale, layer.splits
+    )
     return out
 
 

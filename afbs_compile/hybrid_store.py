@@ -48,16 +48,16 @@ def put_one(layer: Any, k: Tensor, v: Tensor) -> None:
 
     Where the token is padding, it lies where the next one will.
     """
-    batch, heads = k.shape[:2]
+    batch = k.shape[0]
     token = layer.lengths[:batch, None].long()
     ring = layer.sinks + (token - layer.sinks) % layer.windows
     place = layer.bases + torch.where(token < layer.sinks, token, ring)  # [B, Hkv]
-    rows = layer.layout.rows
-    place = place + torch.arange(batch, device=k.device)[:, None] * rows
     # beyond the end is no place at all: better an index error than a neighbour's row
-    place = torch.where(token < layer.layout.longest, place, layer.max_batch * rows).flatten()
+    place = torch.where(token < layer.layout.longest, place, layer.layout.rows)
+    sequence = torch.arange(batch, device=k.device)[:, None]
     for store, new in ((layer.keys, k), (layer.values, v)):
-        store.view(-1, store.shape[-1]).index_copy_(0, place, new.reshape(batch * heads, -1))
+        # on the store itself: through a view Inductor would copy all of it for one token
+        store.index_put_((sequence, place), new[:, :, 0])
 
 
 def put_many(layer: Any, k: Tensor, v: Tensor, fresh: Tensor | None) -> None:
