@@ -22,6 +22,7 @@ from afbs_compile.commands.hybrid_options import (
 from afbs_compile.commands.prefill_options import add_prefill_options
 from afbs_compile.commands.quality_options import add_quality_options, add_retrieval_options
 from afbs_compile.commands.tuner_options import add_tuner_options
+from afbs_compile.commands.tuning_time_options import add_tuning_time_options
 from afbs_compile.options import (
     COMPENSATIONS,
     EVALUATORS,
@@ -201,6 +202,7 @@ def add_bench(command: argparse.ArgumentParser) -> None:
         ("balance", "balanced training on simulated clusters", add_balance_options),
         ("coverage", "many models run in many ways: rewritten, and right?", add_coverage_options),
         ("fuzz", "random models against dense ones", add_fuzz_options),
+        ("tuning-time", "how long tuning takes, by phase", add_tuning_time_options),
         ("decode", "tokens a second and bytes of a hybrid cache", add_decode_options),
         ("prefill", "seconds and memory of a long prompt or video", add_prefill_options),
     ):

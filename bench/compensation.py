@@ -1,6 +1,6 @@
 """What do tangents of dropped blocks buy, and what do they cost? A real model on real text.
 
-`python bench/compensation.py --model DIR --text FILE [--text FILE …]`. Every layer attends with
+`python bench/compensation.py --text FILE [--text FILE …]`. Every layer attends with
 one tau for all heads. KL(dense ‖ sparse) is a mean over tokens; `seconds` are those of all
 attention calls of one forward, selection included, and `cpu_seconds` the processor's own time in
 them, which other programs on the machine do not lengthen.
@@ -18,20 +18,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afbs_compile.bench.harness import document, write
+from afbs_compile.bench.harness import RESULTS
+from afbs_compile.bench.ledger import Ledger
 from afbs_compile.capture import Layer
+from afbs_compile.commands.quality_options import DTYPES
 from afbs_compile.demo.measure import CHUNK, perplexity, synchronise
-from afbs_compile.demo.model import LanguageModel, from_folder
+from afbs_compile.demo.model import LanguageModel, from_folder, smollm2
 from afbs_compile.demo.text import read, windows
 from afbs_compile.evaluators import DirectEvaluator
 from afbs_compile.kernels import dispatch
 from afbs_compile.kernels.compensation import COMPENSATIONS
 from afbs_compile.kernels.geometry import Mask
+from afbs_compile.options import default_cache_dir
 from afbs_compile.policy import Head
 from afbs_compile.policy_tensor import rows as policy_rows
 from afbs_compile.timing import One
 
 IMPLEMENTATION = "afbs_bench"
+KEY = ("model", "dtype", "text", "window", "tokens", "setting")
 Row = dict[str, Any]
 
 
@@ -178,21 +182,44 @@ def timed(runs: list[tuple[float, float]], suffix: str) -> Row:
 def parsed() -> argparse.Namespace:
     """What to run."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", type=Path, required=True, help="a Hugging Face folder")
+    parser.add_argument(
+        "--model", default="smollm2", help="a Hugging Face folder (default: smollm2)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model")
     parser.add_argument("--text", type=Path, action="append", required=True)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=1, help="of every text")
     parser.add_argument("--taus", type=float, nargs="+", default=[0.8, 0.9, 0.95, 0.97, 0.99])
     parser.add_argument("--selectors", nargs="+", default=["sub8"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--name", default="compensation_cpu")
+    parser.add_argument("--seconds", type=float, help="begin no window after so many")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where results go")
     return parser.parse_args()
 
 
+def line(row: Row) -> str:
+    """A row for people who wait."""
+    change = math.log(row["perplexity_sparse"] / row["perplexity_dense"])
+    return (
+        f"{row['text']} {row['window']} {row['setting']}: density {row['density']:.3f}, "
+        f"KL {row['kl']:.4f}, perplexity {change:+.2%}, {row['seconds']:.4f} s "
+        f"({row['cpu_seconds']:.2f} cpu; dense {row['seconds_dense']:.4f}, "
+        f"{row['cpu_seconds_dense']:.2f})"
+    )
+
+
 def main() -> None:
-    """Measure and store."""
+    """Measure what is not known yet, and store it window by window."""
     asked = parsed()
-    model = from_folder(asked.model)
+    dtype: torch.dtype = getattr(torch, asked.dtype)
+    ledger = Ledger(
+        "compensation" if torch.cuda.is_available() else "compensation_cpu", KEY, asked.output,
+        asked.seconds,
+    )  # fmt: skip
+    if asked.model == "smollm2":
+        model = smollm2(default_cache_dir(), dtype)
+    else:
+        model = from_folder(Path(asked.model), dtype)
     attention = install(model.module)
     settings = [
         Setting(selector, tau, compensation)
@@ -200,25 +227,22 @@ def main() -> None:
         for tau in asked.taus
         for compensation in COMPENSATIONS
     ]
-    found: list[Row] = []
-    for path in asked.text:
-        cut = windows(model.tokens(read(path)), asked.tokens, asked.windows)
-        for number, window in enumerate(cut):
-            about = {"model": model.name, "text": path.stem, "window": number}
-            for row in measured(model, attention, window, settings, asked.rounds):
-                found.append(about | row)
-                change = math.log(row["perplexity_sparse"] / row["perplexity_dense"])
-                print(
-                    f"{path.stem} {number} {row['setting']}: density {row['density']:.3f}, "
-                    f"KL {row['kl']:.4f}, perplexity {change:+.2%}, {row['seconds']:.2f} s "
-                    f"({row['cpu_seconds']:.2f} cpu; dense {row['seconds_dense']:.2f}, "
-                    f"{row['cpu_seconds_dense']:.2f})",
-                    flush=True,
-                )
-            done = len({(row["text"], row["window"]) for row in found})
-            left = len(asked.text) * asked.windows - done
-            notes = [f"not finished: {left} windows of the command are left"] * bool(left)
-            write(document(asked.name, found, notes))
+    texts = {
+        path.stem: windows(model.tokens(read(path)), asked.tokens, asked.windows)
+        for path in asked.text
+    }
+    for number in range(asked.windows):
+        for text, cut in texts.items():
+            about = {"model": model.name, "dtype": asked.dtype, "text": text, "window": number}
+            rows = {s: about | {"tokens": asked.tokens, "setting": str(s)} for s in settings}
+            left = [s for s, row in rows.items() if not ledger.has(row)]
+            if left and ledger.over():
+                ledger.notes.append(f"left out for want of time: {text}, window {number}")
+            elif left:
+                for row in measured(model, attention, cut[number], left, asked.rounds):
+                    ledger.add(about | row)
+                    print(line(about | row), flush=True)
+    ledger.write()
 
 
 if __name__ == "__main__":

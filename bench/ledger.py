@@ -67,9 +67,9 @@ class Ledger:
         """All rows with what is needed to judge them."""
         return harness.document(self.name, self.rows, self.notes)
 
-    def over(self) -> bool:
-        """Whether the time is up."""
-        return self.seconds is not None and time.monotonic() - self.begun >= self.seconds
+    def over(self, share: float = 1.0) -> bool:
+        """Whether a share of the time is up."""
+        return self.seconds is not None and time.monotonic() - self.begun >= share * self.seconds
 
     def slot(self, row: Row) -> tuple[Any, ...]:
         """The key fields of a row."""

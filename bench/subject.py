@@ -19,6 +19,8 @@ from afbs_compile.demo.model import LanguageModel
 from afbs_compile.options import default_cache_dir
 from afbs_compile.progress import OnProgress
 
+TUNING_SHARE = 0.6  # of the time: no tuning begins after it, what is tuned must also be measured
+
 
 @dataclass(frozen=True, slots=True)
 class Subject:
@@ -96,7 +98,7 @@ def thresholds(
     found = {}
     for done, setting in enumerate(every):
         on_progress(done, len(every), f"thresholds, {length} tokens", setting.name)
-        if setting.options and ledger.over():
+        if setting.options and ledger.over(TUNING_SHARE):
             ledger.notes.append(f"not tuned in time: {setting.name} at {length} tokens")
             continue
         found[setting.name] = tuned.thresholds(setting, subject.model, subject.calibration, length)

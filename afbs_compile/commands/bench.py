@@ -14,7 +14,7 @@ def run(args: Namespace) -> int:
     kinds = {
         "attention": attention, "tuner": tuner, "quality": quality, "retrieval": retrieval,
         "coverage": coverage, "fuzz": fuzz, "balance": balance, "decode": decode,
-        "hybrid": hybrid, "prefill": prefill,
+        "hybrid": hybrid, "prefill": prefill, "tuning-time": tuning_time,
     }  # fmt: skip
     return kinds[args.what](args)
 
@@ -52,6 +52,16 @@ def quality(args: Namespace) -> int:
     if args.plot:
         quality_show.draw(document, args.plot)
     return tell(args, document, quality_show.show)
+
+
+def tuning_time(args: Namespace) -> int:
+    """Seconds of tuning."""
+    from afbs_compile.bench import tuning_time
+
+    document = tuning_time.run(args, args.output)
+    return tell(
+        args, document, lambda found: emit_text("\n".join(map(tuning_time.line, found["rows"])))
+    )
 
 
 def retrieval(args: Namespace) -> int:
