@@ -20,6 +20,7 @@ from afbs_compile.commands.hybrid_options import (
     add_hybridize_options,
 )
 from afbs_compile.commands.quality_options import add_quality_options, add_retrieval_options
+from afbs_compile.commands.training_options import add_live_options, add_pretrain_options
 from afbs_compile.commands.tuner_options import add_tuner_options
 from afbs_compile.options import (
     COMPENSATIONS,
@@ -201,6 +202,8 @@ def add_bench(command: argparse.ArgumentParser) -> None:
         ("coverage", "many models run in many ways: rewritten, and right?", add_coverage_options),
         ("fuzz", "random models against dense ones", add_fuzz_options),
         ("decode", "tokens a second and bytes of a hybrid cache", add_decode_options),
+        ("pretrain", "a small model trained sparse and dense", add_pretrain_options),
+        ("live", "balanced training on the ranks of torchrun", add_live_options),
     ):
         kind = kinds.add_parser(name, help=about)
         add(kind)
