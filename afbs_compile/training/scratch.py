@@ -67,7 +67,8 @@ def budget_policy(
     found = {name: site_of(model, name, site, budget, dtype) for name, site in sites.items()}
     made = datetime.now(UTC).isoformat(timespec="seconds")
     where = device_name(next(model.parameters()).device)
-    tunings, length = [], SHORTEST
+    tunings: list[Tuning] = []
+    length = SHORTEST
     while not tunings or tunings[-1].length < longest:
         tunings.append(
             Tuning(bucket_of(length), length, {}, True, 0, 0.0, 0.0, made, where, versions(), (),
