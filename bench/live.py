@@ -17,10 +17,17 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from afbs_compile.bench import live_data, live_run, pretrain_model, pretrain_text, script
+from afbs_compile.bench import (
+    live_data,
+    live_rank,
+    live_run,
+    pretrain_model,
+    pretrain_text,
+    script,
+)
 from afbs_compile.bench.ledger import Ledger
 from afbs_compile.bench.live_data import Sample
-from afbs_compile.bench.live_run import Case, Rank
+from afbs_compile.bench.live_rank import Case, Rank
 from afbs_compile.commands.errors import CommandError
 from afbs_compile.commands.training_options import METHODS
 from afbs_compile.report import explain
@@ -49,6 +56,7 @@ def run(args: Namespace, output: Path | None) -> dict[str, Any] | None:
         every = live_data.samples(sources, args.rows, args.shortest, args.longest)
         with tempfile.TemporaryDirectory() as folder:
             rank = made(args, device, every, budgets_of(args.budgets, len(sources)), Path(folder))
+            rehearse(args, rank, every, bounds)
             for seed in range(args.seeds):
                 measure(args, ledger, rank, every, turned(methods, seed), seed, bounds)
         return ledger.document() if first else None
@@ -84,12 +92,21 @@ def made(
     start = {name: weight.clone() for name, weight in model.state_dict().items()}
     pretrain_model.compiled(model, budgets[0], args.longest, folder, dynamic=True)
     exchange = ScalarExchange()
-    cost = live_run.profile(model, every, args.micro_batches, device)
+    cost = live_rank.profile(model, every, args.micro_batches, device)
     told = explain()  # of every layer and length bucket
     if not told.sites or told.rewritten < len(told.sites):
         raise CommandError(f"attention layers stayed dense: {told}")
     wrapped = DistributedDataParallel(model)
     return Rank(model, wrapped, start, device, budgets, exchange, exchange.agree(cost))
+
+
+def rehearse(
+    args: Namespace, rank: Rank, every: list[Sample], bounds: tuple[float, float]
+) -> None:
+    """A run that counts nowhere: the controllers of the others begin with what it learned."""
+    case = Case("controller", args.seeds, args.micro_batches, bounds, args.rate)
+    wanted = args.steps * dist.get_world_size() * args.micro_batches
+    live_run.rehearse(case, rank, live_data.divided(every, wanted, HELD_OUT, args.seeds))
 
 
 def measure(

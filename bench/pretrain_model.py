@@ -39,7 +39,7 @@ class Config:
 
 CONFIGS = {
     "small": Config(12, 768, 12, 4, 64, 2048),
-    "wide": Config(4, 512, 16, 4, 128, 1536),
+    "wide": Config(6, 256, 16, 4, 128, 768),  # attention is a large share already at 8k tokens
     "tiny": Config(2, 64, 2, 1, 32, 128),
 }
 

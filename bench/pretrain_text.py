@@ -20,7 +20,7 @@ from afbs_compile.commands.errors import CommandError
 
 SUFFIXES = {".py", ".txt", ".md", ".rst", ".raw"}
 SKIPPED = {"test", "tests", "idlelib", "site-packages", "dist-packages", "pydoc_data", "encodings"}
-BEGINS = re.compile(r"(?m)^(?=(?:async def|def|class|@)\W?\w|CHAPTER |= | = \w)")
+BEGINS = re.compile(r"(?m)^(?=(?:async def|def|class|@)\W?\w|CHAPTER | = )")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ def read(given: Sequence[str]) -> list[Source]:
 
     Args:
         given: `NAME=PATH` each, a file or a folder, or `NAME=stdlib`, the standard library's
-            sources; none takes what Python carries.
+            sources; a name may come again, and none at all takes what Python carries.
 
     Raises:
         CommandError: A path cannot be read, or holds no text.
@@ -45,13 +45,13 @@ def read(given: Sequence[str]) -> list[Source]:
     if not given:
         prose = [topics[name].encode() for name in sorted(topics)]
         return [Source("code", of_path(library)), Source("prose", prose)]
-    paths = [
-        (name, library if path == Path("stdlib") else path) for name, path in map(split, given)
-    ]
-    found = [Source(name, of_path(path)) for name, path in paths]
-    if empty := [source.name for source in found if not source.documents]:
+    found: dict[str, Source] = {}
+    for name, path in map(split, given):
+        parts = of_path(library if path == Path("stdlib") else path)
+        found.setdefault(name, Source(name, [])).documents.extend(parts)
+    if empty := [source.name for source in found.values() if not source.documents]:
         raise CommandError(f"no text below {', '.join(empty)}; files end in {sorted(SUFFIXES)}")
-    return found
+    return list(found.values())
 
 
 def of_path(path: Path) -> list[bytes]:
@@ -75,7 +75,7 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def documents(file: Path) -> list[bytes]:
-    """A file cut where something begins: a function, a class, a chapter, a headed article."""
+    """A file cut where something begins: a function, a class, a chapter, a headed section."""
     text = file.read_text(encoding="utf-8", errors="replace")
     return [part.encode() for part in BEGINS.split(text) if part.strip()]
 

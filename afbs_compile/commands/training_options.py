@@ -35,7 +35,7 @@ def add_live_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--rows", type=int, default=4, help="documents of equal length in a micro-batch (4)"
     )
-    command.add_argument("--micro-batches", type=int, default=4, help="of a rank in a step (4)")
+    command.add_argument("--micro-batches", type=int, default=5, help="of a rank in a step (5)")
     command.add_argument(
         "--budgets",
         default="0.25",
@@ -43,7 +43,7 @@ def add_live_options(command: argparse.ArgumentParser) -> None:
         help="one, or one a source, with commas",
     )
     command.add_argument("--bounds", default="0.5:2", help="of budgets over these (0.5:2)")
-    command.add_argument("--steps", type=int, default=30, help="of a run (30)")
+    command.add_argument("--steps", type=int, default=24, help="of a run (24)")
     command.add_argument("--seeds", type=int, default=3, help="runs of each method (3)")
     command.add_argument("--methods", default=",".join(METHODS), help="with commas")
     command.add_argument("--rate", type=float, default=1e-3, help="of AdamW (1e-3)")
