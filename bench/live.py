@@ -76,7 +76,7 @@ def begin(wanted: str | None) -> torch.device:
         raise CommandError(f"rank {local} has no GPU of its own; give --device cpu")
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
+    dist.init_process_group("nccl")
     return device
 
 

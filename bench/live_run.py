@@ -165,7 +165,7 @@ def held_out_loss(rank: Rank, held_out: list[Sample]) -> float:
 def wait(device: torch.device) -> None:
     """Until all ranks are here, with nothing left to do."""
     settled(device)
-    dist.barrier()
+    dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
     settled(device)
 
 
