@@ -180,8 +180,9 @@ def test_ranks_take_the_same_steps_whoever_computes_what(tmp_path):
     losses = [rows[m]["held_out"] for m in live_show.SAME]
     assert max(losses) - min(losses) < 1e-3
     assert len({r["tokens"] for r in rows.values()}) == 1
-    assert rows["controller"]["kept_ratio"] != 1.0
-    assert rows["bubble"]["kept_ratio"] >= 1.0
+    assert {rows[m]["kept_ratio"] for m in live_show.SAME} == {1.0}
+    assert 0.5 <= rows["controller"]["kept_ratio"] <= 2.0
+    assert 1.0 <= rows["bubble"]["kept_ratio"] <= 2.0
     ran(command)  # everything is known
 
 
