@@ -80,12 +80,17 @@ def together(documents: list[Tensor]) -> Tensor:
 
 
 def arguments() -> argparse.Namespace:
+    """What an example was asked."""
+    return options().parse_args()
+
+
+def options() -> argparse.ArgumentParser:
     """The options of every example."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--samples", type=int, default=96)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--micro-batches", type=int, default=4)
-    return parser.parse_args()
+    return parser
 
 
 def made(device: torch.device) -> Model:

@@ -15,6 +15,7 @@ def run(args: Namespace) -> int:
         "attention": attention, "tuner": tuner, "quality": quality, "retrieval": retrieval,
         "coverage": coverage, "fuzz": fuzz, "balance": balance, "decode": decode,
         "hybrid": hybrid, "prefill": prefill, "tuning-time": tuning_time,
+        "pretrain": pretrain, "live": live,
     }  # fmt: skip
     return kinds[args.what](args)
 
@@ -120,3 +121,21 @@ def prefill(args: Namespace) -> int:
 
     document = prefill.run(args, args.output)
     return tell(args, document, lambda found: emit_text(prefill.table(found)))
+
+
+def pretrain(args: Namespace) -> int:
+    """A small model trained sparse and dense."""
+    from afbs_compile.bench import pretrain, pretrain_show
+
+    document = pretrain.run(args, args.output)
+    if args.plot:
+        pretrain_show.draw(document, args.plot)
+    return tell(args, document, pretrain_show.show)
+
+
+def live(args: Namespace) -> int:
+    """Balanced training on the ranks of torchrun; the first one tells."""
+    from afbs_compile.bench import live, live_show
+
+    document = live.run(args, args.output)
+    return 0 if document is None else tell(args, document, live_show.show)

@@ -14,10 +14,29 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "accelerated"])
 def test_an_example_learns(name):
+    said = ran(name)
+    assert ("waiting" in said) == (name == "ddp")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
+def test_sparse_training_learns_while_budgets_move(wrap):
+    """Gradients accumulate over four micro-batches; FSDP2 computes in bfloat16."""
+    said = ran("sparse", "--wrap", wrap)
+    sparse, sites = re.search(r"sparse (\d+) of (\d+)", said).groups()
+    assert sparse == sites != "0"
+    spreads = [tuple(map(float, s)) for s in re.findall(r"budgets (\S+) to (\S+)", said)]
+    assert all(0.125 <= low <= high <= 0.5 for low, high in spreads)
+    assert any(low < high for low, high in spreads)
+
+
+def ran(name, *arguments):
+    """What an example says, whose loss falls from epoch to epoch."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
         "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
         str(ROOT / "examples" / f"{name}.py"), "--samples", "45", "--epochs", "3",
+        *arguments,
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
@@ -27,5 +46,4 @@ def test_an_example_learns(name):
     losses = [float(loss) for loss in re.findall(r"epoch \d loss (\S+)", run.stdout)]
     assert len(losses) == 3
     assert losses[2] < losses[1] < losses[0]
-    if name == "ddp":
-        assert "waiting" in run.stdout
+    return run.stdout
