@@ -25,7 +25,8 @@ from afbs_compile.versions import device_name, versions
 
 KEPT_ON_CPU = 4 << 30  # bytes that runs may be resumed from
 KEPT_ON_GPU = 0.4  # of the memory that is free
-PRIORS = (*RANKINGS, "none")
+BEST = "best"  # of all rankings, the one whose own choice costs least
+PRIORS = (*RANKINGS, BEST, "none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,11 @@ class Subject:
             wishes.objective,
         )  # fmt: skip
 
+    def priors(self, wishes: Wishes) -> list[np.ndarray]:
+        """The rankings that a search begins with; none if it was asked for none."""
+        names = {BEST: RANKINGS, "none": ()}.get(wishes.prior, (wishes.prior,))
+        return [self.prior(name, wishes) for name in names]
+
     def prior(self, name: str, wishes: Wishes) -> np.ndarray:
         """A static ranking [N], kept like evaluations."""
         about = {"ranking": name, "seed": wishes.seed}
@@ -103,8 +109,16 @@ class Subject:
         return np.asarray(known[1]["harm"], dtype=np.float64)
 
 
-def subject(model: nn.Module, samples: Sequence[Sample], wishes: Wishes) -> Subject:
+def subject(
+    model: nn.Module, samples: Sequence[Sample], wishes: Wishes, share: float = 1.0
+) -> Subject:
     """A model and samples, ready to be evaluated.
+
+    Args:
+        model: Any module with logits among its outputs.
+        samples: Calls of it.
+        wishes: Window, sinks and cache folder count.
+        share: Of the memory that one search may take to resume from, where several share it.
 
     Raises:
         Unsuitable: It has no head that can be windowed.
@@ -112,8 +126,9 @@ def subject(model: nn.Module, samples: Sequence[Sample], wishes: Wishes) -> Subj
     calls, key = record(model, samples, wishes.window)
     first = next(x.device for x in calls[0].args if isinstance(x, Tensor))
     evaluator = Evaluator(
-        calls, window=wishes.window, sink=wishes.sink, memory_bytes=memory_bytes(first)
-    )
+        calls, window=wishes.window, sink=wishes.sink,
+        memory_bytes=int(share * memory_bytes(first)),
+    )  # fmt: skip
     store = Store(
         key,
         {"kind": KIND, "window": wishes.window, "sink": wishes.sink},

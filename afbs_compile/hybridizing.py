@@ -69,10 +69,10 @@ def hybridize(
         loader: As in `tune`.
         on_progress: Told how far it is; by default bars on a terminal.
         **wishes: `window` (1024, itself included), `sink` (4 first tokens), `budget` (600
-            evaluations), `objective` (`kl` or `task`), `prior` (`fisher`, `locality`, `retrieval`
-            or `none`), `solver` (`lns`, `swaps`, `random` or a callable), `seed` (0), `levels`
-            (windowed groups that a layer may begin with), `seconds` (stop after so many), and
-            `cache_dir`.
+            evaluations), `objective` (`kl` or `task`), `prior` (`fisher`, `locality`, `retrieval`,
+            `best` of these, which needs token ids, or `none`), `solver` (`lns`, `swaps`, `random`
+            or a callable), `seed` (0), `levels` (windowed groups that a layer may begin with),
+            `seconds` (stop after so many), and `cache_dir`.
 
     Returns:
         A policy for the length bucket of the longest input. Windowed heads hold at every length,
@@ -110,7 +110,8 @@ def searched(
     losses.anchors()
     if wishes.prior != "none" and 0 < layout.share(wishes.ratio) < layout.size:
         on_progress(0, wishes.budget, "search", f"ranking: {wishes.prior}")
-        wanted = replace(wanted, prior=ready.prior(wishes.prior, wishes))
+        first, *others = ready.priors(wishes)
+        wanted = replace(wanted, prior=first, others=others)
 
     def on_best(done: int, budget: int, stage: str, best: float) -> None:
         on_progress(done, budget, "search", f"{stage}, best {best:.4f}")

@@ -4,11 +4,13 @@ Run: python bench/hybrid.py (or `afbs bench hybrid`). A search reads windows fro
 questions about them; scores are those of other windows and questions.
 """
 
+import json
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +18,20 @@ import numpy as np
 import torch
 
 from afbs_compile.bench import hybrid_show, script, windows
-from afbs_compile.bench.ledger import Ledger, Row
-from afbs_compile.bench.windows import Text
+from afbs_compile.bench.hybrid_setup import Setup, setup
+from afbs_compile.bench.ledger import Ledger, Row, earlier
 from afbs_compile.commands.errors import CommandError
 from afbs_compile.commands.hybridize import load
-from afbs_compile.demo.model import LanguageModel
-from afbs_compile.hybrid_calibration import samples
 from afbs_compile.hybrid_losses import Losses
 from afbs_compile.hybrid_objective import FIGURES
-from afbs_compile.hybrid_subject import Subject, Wishes, subject
+from afbs_compile.profiling import Clock
 from afbs_compile.progress import OnProgress, Progress
 from afbs_compile.tuner.bosch import Found, Search
 from afbs_compile.tuner.heads import Bits, Impossible, text
-from afbs_compile.tuner.hybrid_baselines import METHODS, SEEDED, Question
+from afbs_compile.tuner.hybrid_baselines import CHEAP, METHODS, SEEDED, Question
 
 KEY = ("model", "dtype", "texts", "tokens", "window", "sink", "ratio", "method", "budget", "seed",
        "calibration", "task")  # fmt: skip
-UNSEEN_SEED = 1000  # of questions that no search asks
-
-
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """A model with documents to search on and documents to measure on."""
-
-    model: LanguageModel
-    args: Namespace
-    tokens: int
-    window: int
-    seen: Subject
-    unseen: Subject
-
-    def wishes(self, ratio: float, seed: int) -> Wishes:
-        """What a search is asked."""
-        args = self.args
-        return Wishes(
-            ratio, self.window, args.sink, args.budget, args.objective, args.prior,
-            args.solver, seed, None, args.seconds, args.cache_dir,
-        )  # fmt: skip
 
 
 def run(args: Namespace, output: Path | None) -> dict[str, Any]:
@@ -64,20 +43,14 @@ def run(args: Namespace, output: Path | None) -> dict[str, Any]:
     methods = list(METHODS) if args.methods is None else args.methods.split(",")
     if unknown := [name for name in methods if name not in METHODS]:
         raise CommandError(f"no method {', '.join(unknown)}; there are {', '.join(METHODS)}")
-    if args.documents < 1 or args.unseen < 1:
-        raise CommandError("--documents and --unseen need at least 1 document")
+    if args.documents < 1 or args.unseen < 1 or args.held < 0 or args.sharing < 1:
+        raise CommandError("--documents, --unseen and --sharing are at least 1, --held at least 0")
     name = "hybrid" if torch.cuda.is_available() else "hybrid_cpu"
     ledger = Ledger(name, KEY, output, args.seconds)
-    model = load(args)
-    model = replace(model, name=args.name) if args.name else model
-    texts = windows.read(args.text, str(args.unseen), model)
-    with Progress() as progress:
-        for tokens in windows.numbers(args.tokens, "--tokens"):
-            for window in windows.numbers(args.windows, "--windows"):
-                ready = setup(model, texts, args, tokens, window)
-                with ready.seen.store, ready.unseen.store:
-                    for row in rows(ready, methods, ledger, progress):
-                        ledger.add(row)
+    if args.merge:
+        join(ledger, args.merge)
+    else:
+        measure(args, methods, ledger)
     ledger.write()
     document = ledger.document()
     if args.plot:
@@ -85,36 +58,39 @@ def run(args: Namespace, output: Path | None) -> dict[str, Any]:
     return document
 
 
-def setup(
-    model: LanguageModel, texts: list[Text], args: Namespace, tokens: int, window: int
-) -> Setup:
-    """Documents of one length, from the texts' ends to search on, from their beginnings not."""
-    searched = windows.in_turn(windows.calibration(texts, tokens, args.documents))
-    measured = windows.in_turn({t.name: windows.measured(t, tokens) for t in texts})
-    wishes = Wishes(0.5, window, args.sink, cache_dir=args.cache_dir)
-    try:
-        ready = [
-            subject(model.module, samples(model, read, tasks.split(","), window, seed), wishes)
-            for read, tasks, seed in (
-                (searched[: args.documents], args.tasks, 0),
-                (measured[: args.unseen], args.measure, UNSEEN_SEED),
-            )
-        ]
-    except ValueError as error:
-        raise CommandError(f"{model.name} cannot be made hybrid: {error}") from error
-    return Setup(model, args, tokens, window, *ready)
+def measure(args: Namespace, methods: list[str], ledger: Ledger) -> None:
+    """Measure what is missing."""
+    model = load(args)
+    model = replace(model, name=args.name) if args.name else model
+    texts = windows.read(args.text, str(args.unseen), model)
+    with Progress() as progress:
+        for tokens in windows.numbers(args.tokens, "--tokens"):
+            for window in windows.numbers(args.windows, "--windows"):
+                ready = setup(model, texts, args, tokens, window)
+                with ExitStack() as stores:
+                    for one in ready.subjects():
+                        stores.enter_context(one.store)
+                    for row in rows(ready, methods, ledger, progress):
+                        ledger.add(row)
+
+
+def join(ledger: Ledger, folders: list[Path]) -> None:
+    """Take the rows and notes of other results, of processes that shared the work.
+
+    Raises:
+        CommandError: They cannot be read, or are another device's.
+    """
+    for folder in folders:
+        path = folder / f"{ledger.name}.json"
+        ledger.rows += [row for row in earlier(path) if not ledger.has(row)]
+        ledger.notes += json.loads(path.read_text()).get("notes", [])
 
 
 def rows(
     ready: Setup, methods: list[str], ledger: Ledger, on_progress: OnProgress
 ) -> Iterator[Row]:
     """The rows that are missing."""
-    wanted = [
-        (float(ratio), method, seed)
-        for method in methods
-        for seed in range(ready.args.seeds if method in SEEDED else 1)
-        for ratio in ready.args.ratios.split(",")
-    ]
+    wanted = planned(methods, ready.args)
     for done, (ratio, method, seed) in enumerate(wanted):
         on_progress(done, len(wanted), "methods", f"{method} {ratio:g}, seed {seed}")
         about = slot(ready, ratio, method, seed)
@@ -126,7 +102,8 @@ def rows(
             continue
         begun = time.perf_counter()
         try:
-            found, losses = chosen(ready, ratio, method, seed, on_progress)
+            left = remaining(ledger)
+            found, losses = chosen(ready, ratio, method, seed, on_progress, left)
         except Impossible as error:
             ledger.notes.append(f"{method} at {ratio:g}: {error}")
             continue
@@ -137,6 +114,27 @@ def rows(
         for row in judged(ready, found.bits, losses.figures([found.bits])[0], losses):
             yield about | cost | row
     on_progress(len(wanted), len(wanted), "methods", "")
+
+
+def remaining(ledger: Ledger) -> float | None:
+    """Seconds until the time is up; None if it never is."""
+    if ledger.seconds is None:
+        return None
+    return max(0.0, ledger.seconds - (time.monotonic() - ledger.begun))
+
+
+def planned(methods: list[str], args: Namespace) -> list[tuple[float, str, int]]:
+    """Ratio, method and seed: what needs no search, then BOSCH, then its rivals seed by seed.
+
+    So a run that is out of time leaves out seeds of rivals, not BOSCH's or a ratio.
+    """
+    wanted = [
+        (float(ratio), method, seed)
+        for method in methods
+        for seed in range(args.seeds if method in SEEDED else 1)
+        for ratio in args.ratios.split(",")
+    ]
+    return sorted(wanted, key=lambda one: (one[1] not in CHEAP, one[1] != "bosch", one[2]))
 
 
 def slot(ready: Setup, ratio: float, method: str, seed: int) -> Row:
@@ -153,20 +151,33 @@ def slot(ready: Setup, ratio: float, method: str, seed: int) -> Row:
         "ratio": ratio,
         "budget": args.budget,
         "seed": seed,
-        "calibration": f"{args.tasks} x{args.documents}, {args.objective}, {args.prior}",
+        "calibration": f"{args.tasks} x{args.documents}+{args.held}, {args.objective}, "
+        f"{args.prior}",
     }
 
 
 def chosen(
-    ready: Setup, ratio: float, method: str, seed: int, on_progress: OnProgress
+    ready: Setup,
+    ratio: float,
+    method: str,
+    seed: int,
+    on_progress: OnProgress,
+    seconds: float | None = None,
 ) -> tuple[Found, Losses]:
-    """What a method chooses."""
+    """What a method chooses within so many seconds."""
     wishes = ready.wishes(ratio, seed)
     losses = ready.seen.losses(wishes)
-    losses.anchors()
-    prior = None if wishes.prior == "none" else ready.seen.prior(wishes.prior, wishes)
+    held = ready.held.losses(wishes) if ready.held else None
+    for known in (losses, held):
+        if known:
+            known.anchors()
+            known.clock = Clock.of(seconds)
+    priors = ready.seen.priors(wishes)
     layout = ready.seen.evaluator.layout
-    wanted = Search(layout, ratio, wishes.budget, prior, seed, wishes.solver)
+    wanted = Search(
+        layout, ratio, wishes.budget, priors[0] if priors else None, seed, wishes.solver,
+        others=priors[1:],
+    )  # fmt: skip
 
     def on_best(done: int, budget: int, stage: str, best: float) -> None:
         on_progress(done, budget, f"{method} {ratio:g} seed {seed}", f"{stage} {best:.4f}")
@@ -174,7 +185,9 @@ def chosen(
     def ranking(name: str) -> np.ndarray:
         return ready.seen.prior(name, wishes)
 
-    return METHODS[method](Question(losses, wanted, ranking, on_best)), losses
+    found = METHODS[method](Question(losses, wanted, ranking, on_best, held))
+    losses.clock = Clock(None)  # what is chosen is judged
+    return found, losses
 
 
 def judged(ready: Setup, bits: Bits, seen: np.ndarray, losses: Losses) -> Iterator[Row]:

@@ -6,8 +6,7 @@
    better heads within it. What is left of the budget goes to exchanges among all layers, which the
    paper does not have: they undo what stage 2 got wrong.
 
-Deterministic by seed; whoever keeps the losses can stop and resume it anywhere. The objective is
-any callable on bits.
+Deterministic by seed; whoever keeps the losses can stop and resume it anywhere.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 
 from afbs_compile.tuner import ratios
 from afbs_compile.tuner.arrays import Floats, Ints
+from afbs_compile.tuner.finals import FINALISTS, decided
 from afbs_compile.tuner.heads import Bits, Impossible, Layout, lowest, with_counts
 from afbs_compile.tuner.probes import cascade
 from afbs_compile.tuner.solvers import SOLVERS, Solver, Task
@@ -39,9 +39,10 @@ class Search:
         ratio: Share of the bits to set; met exactly (`Layout.share`).
         budget: Bit strings that may be evaluated.
         prior: Expected harm of every bit [N], of any scale; None for no idea.
+        others: More of them. The one whose own choice costs least becomes the prior.
         seed: Of all chance.
         solver: Of `SOLVERS`, or one of your own.
-        stages: Those to go through; the others are left out, for comparison.
+        stages: Those to go through.
         levels: Windowed groups that stage 2 may give a layer; None for all.
     """
 
@@ -53,6 +54,7 @@ class Search:
     solver: str | Solver = "lns"
     stages: Sequence[str] = STAGES
     levels: Sequence[int] | None = None
+    others: Sequence[Floats] = ()
 
     def __post_init__(self) -> None:
         """Check what can be checked before anything is evaluated."""
@@ -63,12 +65,17 @@ class Search:
             raise Impossible(f"no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
         if isinstance(self.solver, str) and self.solver not in SOLVERS:
             raise Impossible(f"no solver {self.solver!r}; there are {', '.join(SOLVERS)}")
-        if self.prior is not None and self.prior.shape != (self.layout.size,):
-            raise Impossible(
-                f"the prior has shape {list(self.prior.shape)}; needed: [{self.layout.size}]"
-            )
+        size = self.layout.size
+        for shape in (list(prior.shape) for prior in self.priors):
+            if shape != [size]:
+                raise Impossible(f"the prior has shape {shape}; needed: [{size}]")
         flat = np.zeros(self.layout.layers)
         ratios.adapted(flat, self.layout, self.ratio, self.levels)
+
+    @property
+    def priors(self) -> list[Floats]:
+        """All rankings; none without a prior."""
+        return [] if self.prior is None else [self.prior, *self.others]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,7 +84,7 @@ class Found:
 
     Attributes:
         bits: The best choice, with exactly the asked number set [N].
-        loss: Its loss; inf if the search was stopped before anything was evaluated.
+        loss: Its loss on the objective; inf if nothing was evaluated.
         evaluations: Bit strings that were evaluated.
         stages: Evaluations by stage.
         history: (evaluations, loss) at every improvement.
@@ -94,29 +101,39 @@ class Found:
     complete: bool
 
 
-def search(objective: Objective, wanted: Search, on_best: OnBest = silent) -> Found:
+def search(
+    objective: Objective,
+    wanted: Search,
+    on_best: OnBest = silent,
+    validate: Objective | None = None,
+) -> Found:
     """The best choice that the budget suffices for.
 
     Args:
         objective: Losses of a batch of choices; may raise `Stop`.
         wanted: What to search.
         on_best: Told after every batch.
+        validate: Losses on held-out inputs, which choose among the best, of the same budget.
 
     Raises:
         Impossible: The ratio or the levels cannot be met.
     """
-    tally = Tally(objective, wanted.layout.share(wanted.ratio), wanted.budget, on_best)
+    reserved = min(FINALISTS, wanted.budget // 2) if validate else 0
+    left, share = wanted.budget - reserved, wanted.layout.share(wanted.ratio)
+    tally = Tally(objective, share, left, on_best)
     walk = Walk(wanted, tally, np.random.default_rng(wanted.seed))
+    bits, loss, stages = None, np.inf, tally.stages
     try:
         walk.run()
+        if validate and reserved and np.isfinite(tally.least):
+            bits, loss, stages["finals"] = decided(tally, validate, reserved)
         complete = True
     except Stop:
         complete = False
-    bits = tally.best if tally.best is not None else walk.first()
-    return Found(
-        bits, tally.least, len(tally.losses), dict(tally.stages), tuple(tally.history),
-        walk.cost, complete,
-    )  # fmt: skip
+    if bits is None:
+        loss, bits = tally.least, walk.first(walk.prior) if tally.best is None else tally.best
+    history = tuple(tally.history)
+    return Found(bits, loss, sum(stages.values()), stages, history, walk.cost, complete)
 
 
 class Walk:
@@ -124,22 +141,18 @@ class Walk:
 
     def __init__(self, wanted: Search, tally: Tally, rng: np.random.Generator) -> None:
         """Begin."""
-        self.wanted, self.tally, self.rng = wanted, tally, rng
-        self.layout = wanted.layout
+        self.wanted, self.tally, self.rng, self.layout = wanted, tally, rng, wanted.layout
         self.solver = SOLVERS[wanted.solver] if isinstance(wanted.solver, str) else wanted.solver
         self.prior = np.zeros(self.layout.size) if wanted.prior is None else wanted.prior
         self.cost: Floats | None = None
         self.every = np.arange(self.layout.size)
 
-    def first(self) -> Bits:
-        """The choice that stages 1 and 2 do not help: equal shares, by the prior."""
-        by_layer = np.bincount(self.layout.layer, self.prior, self.layout.layers)
-        cost = by_layer / np.array(self.layout.groups)
-        return self.chosen(ratios.adapted(cost, self.layout, self.wanted.ratio, self.levels()))
-
-    def levels(self) -> Sequence[int] | None:
-        """Levels of stage 2."""
-        return self.wanted.levels
+    def first(self, prior: Floats) -> Bits:
+        """The choice that stages 1 and 2 do not help: equal shares, by a prior."""
+        layout = self.layout
+        cost = np.bincount(layout.layer, prior, layout.layers) / np.array(layout.groups)
+        counts = ratios.adapted(cost, self.layout, self.wanted.ratio, self.wanted.levels)
+        return with_counts(prior, self.layout, counts)
 
     def run(self) -> None:
         """All stages."""
@@ -159,11 +172,17 @@ class Walk:
             self.solve(bits, self.every, self.tally.left)
 
     def begin(self) -> Bits:
-        """Evaluate what the prior alone would choose, with and without regard to layers."""
+        """Evaluate what each prior alone would choose, with and without regard to layers."""
         self.tally.stage = "start"
-        tried = [self.first(), lowest(self.prior, self.every, self.tally.count, self.layout.size)]
-        losses = self.tally(tried)
-        return tried[int(np.argmin(losses))]
+        count, size = self.tally.count, self.layout.size
+        tried = [
+            (prior, bits)
+            for prior in self.wanted.priors or [self.prior]
+            for bits in (self.first(prior), lowest(prior, self.every, count, size))
+        ]
+        losses = self.tally([bits for _, bits in tried])
+        self.prior, bits = tried[int(np.argmin(losses))]
+        return bits
 
     def calibrate(self, bits: Bits) -> None:
         """Put the prior into the units of the loss: the first choice costs what it was found to.
@@ -193,14 +212,10 @@ class Walk:
         harm = fit(strings, losses, self.layout, self.prior, bits).harms()
         by_layer = np.bincount(self.layout.layer, harm, self.layout.layers).astype(np.float64)
         cost = by_layer if self.cost is None else self.cost
-        counts = ratios.adapted(cost, self.layout, self.wanted.ratio, self.levels())
-        choice = self.chosen(counts, harm)
+        counts = ratios.adapted(cost, self.layout, self.wanted.ratio, self.wanted.levels)
+        choice = with_counts(harm, self.layout, counts)
         self.tally([choice])
         return choice, counts
-
-    def chosen(self, counts: Ints, harm: Floats | None = None) -> Bits:
-        """The least harmful heads of every layer, so many each."""
-        return with_counts(self.prior if harm is None else harm, self.layout, counts)
 
     def group(self, bits: Bits, counts: Ints) -> Bits:
         """Stage 3: groups of layers with equal shares, from the easiest to the hardest."""

@@ -24,12 +24,14 @@ class Question:
         wanted: Layout, ratio, budget, prior and seed.
         ranking: Expected harm of every bit [N] by the ranking's name.
         on_best: Told by searches.
+        validate: Losses on held-out inputs, for searches.
     """
 
     objective: Objective
     wanted: Search
     ranking: Callable[[str], Floats]
     on_best: OnBest = silent
+    validate: Objective | None = None
 
     @property
     def count(self) -> int:
@@ -61,13 +63,14 @@ def by_ranking(name: str) -> Method:
     return choose
 
 
-def by_search(prior: bool = True, **changes: object) -> Method:
+def by_search(prior: bool = True, finals: bool = True, **changes: object) -> Method:
     """A search that leaves something out, or has another solver."""
 
     def choose(question: Question) -> Found:
         wanted = replace(question.wanted, **changes)  # type: ignore[arg-type]
         wanted = wanted if prior else replace(wanted, prior=None)
-        return bosch.search(question.objective, wanted, question.on_best)
+        validate = question.validate if finals else None
+        return bosch.search(question.objective, wanted, question.on_best, validate)
 
     return choose
 
@@ -83,7 +86,7 @@ def whole_layers(question: Question) -> Found:
     """Stages 1 and 2 with whole layers alone; `Impossible` where these do not add up."""
     most = max(question.wanted.layout.groups)
     wanted = replace(question.wanted, stages=("probes", "ratios"), levels=(0, most))
-    return bosch.search(question.objective, wanted, question.on_best)
+    return bosch.search(question.objective, wanted, question.on_best, question.validate)
 
 
 def from_middle(layers: int) -> list[int]:
@@ -111,6 +114,8 @@ def found(bits: Bits) -> Found:
 METHODS: dict[str, Method] = {
     "bosch": by_search(),
     "bosch-cold": by_search(prior=False),
+    "one-prior": by_search(others=()),
+    "no-finals": by_search(finals=False),
     "stages-1-2": by_search(stages=("probes", "ratios")),
     "no-ratios": by_search(stages=("probes", "groups", "exchange")),
     "no-exchange": by_search(stages=("probes", "ratios", "groups")),
@@ -128,7 +133,7 @@ METHODS: dict[str, Method] = {
     "random": at_random,
 }
 SEEDED = (
-    "bosch", "bosch-cold", "stages-1-2", "no-ratios", "no-exchange", "one-stage-lns",
-    "one-stage-swaps", "one-stage-random", "whole-layers", "random",
+    "bosch", "bosch-cold", "one-prior", "no-finals", "stages-1-2", "no-ratios", "no-exchange",
+    "one-stage-lns", "one-stage-swaps", "one-stage-random", "whole-layers", "random",
 )  # fmt: skip
 CHEAP = ("fisher", "retrieval", "locality", "begin", "middle", "end", "interleaved", "random")

@@ -64,6 +64,18 @@ def add_bench_hybrid_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--measure", default=MEASURED, help=f"tasks that are measured ({MEASURED})"
     )
+    command.add_argument(
+        "--held", type=int, default=4,
+        help="documents of every task that decide among a search's best choices; 0: none (4)",
+    )  # fmt: skip
+    command.add_argument(
+        "--merge", action="append", default=[], type=Path, metavar="DIR",
+        help="measure nothing: join the results in these folders, of one device, into --output",
+    )  # fmt: skip
+    command.add_argument(
+        "--sharing", type=int, default=1, metavar="N",
+        help="processes that share the device and its memory (1)",
+    )  # fmt: skip
     command.add_argument("--output", type=Path, metavar="DIR", help="write hybrid.json there, and "
                          "continue older results")  # fmt: skip
     command.add_argument("--plot", type=Path, metavar="FILE", help="draw the scores there")
@@ -81,8 +93,9 @@ def add_common(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--objective", choices=("kl", "task"), default="kl")
     command.add_argument(
-        "--prior", choices=("fisher", "locality", "retrieval", "none"), default="fisher"
-    )
+        "--prior", choices=("best", "fisher", "locality", "retrieval", "none"), default="best",
+        help="static ranking to begin with (best: the one whose own choice costs least)",
+    )  # fmt: skip
     command.add_argument("--solver", choices=("lns", "swaps", "random"), default="lns")
     command.add_argument("--dtype", choices=DTYPES, help="of the model")
     command.add_argument(

@@ -81,7 +81,7 @@ def test_bench_hybrid_measures_and_goes_on(afbs, tiny_model, tmp_path):
     arguments = (
         "bench", "hybrid", "--model", tiny_model, "--methods", "bosch,begin,locality",
         "--ratios", "0.25,0.5", "--windows", "64", "--tokens", "384", "--documents", "1",
-        "--unseen", "1", "--seeds", "1", "--budget", "8", "--prior", "locality", "--tasks",
+        "--unseen", "1", "--seeds", "1", "--budget", "8", "--held", "1", "--tasks",
         "text,needle", "--measure", "text,copy", "--output", tmp_path,
     )  # fmt: skip
     code, text, _ = afbs(*arguments, "--json", "--plot", tmp_path / "scores.svg")
@@ -98,6 +98,12 @@ def test_bench_hybrid_measures_and_goes_on(afbs, tiny_model, tmp_path):
     assert (tmp_path / "scores.svg").stat().st_size > 0
     code, again, _ = afbs(*arguments, "--json")
     assert json.loads(again)["rows"] == rows  # nothing was measured again
+    code, joined, _ = afbs(
+        "bench", "hybrid", "--merge", tmp_path, "--merge", tmp_path, "--output", tmp_path / "all",
+        "--json",
+    )  # fmt: skip
+    assert code == 0
+    assert json.loads(joined)["rows"] == rows
     hybrid_show.show(document)
 
 

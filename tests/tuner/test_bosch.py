@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from afbs_compile.tuner import bosch, heads, ratios, solvers
 from afbs_compile.tuner.bosch import STAGES, Search, search
+from afbs_compile.tuner.finals import FINALISTS
 from afbs_compile.tuner.heads import Impossible, Layout
 from afbs_compile.tuner.hybrid_baselines import METHODS, Question
 from afbs_compile.tuner.surrogate import features, fit
@@ -91,6 +92,50 @@ def test_every_method_meets_the_ratio(name):
         found = METHODS[name](question)
         assert found.bits.sum() == layout.share(ratio), (name, ratio)
         assert found.evaluations <= 40
+
+
+def test_it_is_never_worse_than_any_of_its_rankings():
+    layout = Layout((3,) * 10)
+    for seed in range(4):
+        objective = Synthetic(layout, seed)
+        wrong = np.random.default_rng(seed).permutation(objective.prior)
+        wanted = Search(layout, 0.5, 12, wrong, seed, others=[objective.prior, -objective.prior])
+        found = search(objective, wanted)
+        every = np.arange(layout.size)
+        for prior in wanted.priors:
+            ranked = heads.lowest(prior, every, found.bits.sum(), layout.size)
+            assert found.loss <= objective.loss(ranked)
+    with pytest.raises(Impossible, match=r"shape \[3\]"):
+        Search(layout, 0.5, 12, objective.prior, others=[np.zeros(3)])
+
+
+def test_held_out_losses_decide_within_the_budget():
+    layout = Layout((3,) * 8)
+    objective = Synthetic(layout, 0)
+    known, held = {}, {}
+    true = Synthetic(layout, 1)
+    wanted = Search(layout, 0.5, 100, objective.prior, 0)
+    found = search(kept(objective, known), wanted, validate=kept(true, held))
+    assert found.evaluations == len(known) + len(held) == 100
+    assert found.stages["finals"] == len(held) == FINALISTS
+    meeting = sorted(loss for name, loss in known.items() if name.count("1") == 12)
+    assert max(known[name] for name in held) <= meeting[FINALISTS - 1]
+    both = {name: known[name] + loss for name, loss in held.items()}
+    assert heads.text(found.bits) == min(both, key=both.get)
+    assert found.loss == known[heads.text(found.bits)]
+    assert found.loss > meeting[0]  # the search's own best lost: the two objectives disagree
+
+
+def test_a_stop_while_validating_leaves_the_best():
+    objective = Synthetic(Layout((3,) * 8), 0)
+
+    def stopped(batch):
+        raise Stop
+
+    wanted = Search(Layout((3,) * 8), 0.5, 60, objective.prior, 0)
+    found = search(objective, wanted, validate=stopped)
+    assert not found.complete
+    assert found.loss == objective.loss(found.bits) == found.history[-1][1]
 
 
 def test_killed_at_any_evaluation_it_resumes_to_the_same():
