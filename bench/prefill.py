@@ -159,11 +159,10 @@ def variants(found: Subject, inputs: Inputs, kept: list[float], force: Forced) -
             row(f"afbs {share:g}"),
         )
 
-    dense = [
-        Variant(lambda module=module: first(module(**inputs)), lambda: None, row(name))
-        for name, module in modules.items()
-    ]
-    return [*dense, *(afbs(share) for share in kept)]
+    def dense(name: str, module: Any) -> Variant:
+        return Variant(lambda: first(module(**inputs)), lambda: None, row(name))
+
+    return [dense(*pair) for pair in modules.items()] + [afbs(share) for share in kept]
 
 
 def measured(found: Subject, tokens: int, kept: list[float], repeats: int) -> list[Row]:

@@ -65,7 +65,8 @@ def wan(heads: int, ffn: int, layers: int, device: torch.device, dtype: torch.dt
     except ImportError as error:
         raise CommandError(f"{error}; run `pip install diffusers`") from error
     with device:
-        module = WanTransformer3DModel(
+        made: Any = WanTransformer3DModel
+        module = made(
             num_attention_heads=heads, attention_head_dim=128, ffn_dim=ffn, num_layers=layers,
             text_dim=512,
         ).to(dtype)  # fmt: skip

@@ -124,7 +124,7 @@ def may_agree(one: int | SymInt, other: int | SymInt) -> bool:
     if statically_known_true(one == other):
         return True
     hints = [n.node.hint if isinstance(n, SymInt) else n for n in (one, other)]
-    return None not in hints and hints[0] == hints[1]
+    return None not in hints and bool(hints[0] == hints[1])
 
 
 def dtype_refusal(tensors: Iterable[torch.Tensor], cast: torch.dtype | None = None) -> str | None:
