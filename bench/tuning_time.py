@@ -245,8 +245,8 @@ def subject(
     try:
         with device:
             torch.manual_seed(0)
-            made: Any = LlamaModel(config)
-            module = made.eval().requires_grad_(False)
+            network: Any = LlamaModel(config)
+            module = network.eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(standard)
     kinds = torch.randint(shapes["vocab_size"], (args.documents, -(-length // PHRASE)))
