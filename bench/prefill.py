@@ -173,7 +173,8 @@ def measured(found: Subject, tokens: int, kept: list[float], repeats: int) -> li
         ways = variants(found, inputs, kept, force)
         for way in ways:
             way.start()
-        sparse = sum(site.decision == "sparse" for site in JOURNAL.report().sites)
+        # every policy that is put in reports all sites again
+        sparse = len({s.name for s in JOURNAL.report().sites if s.decision == "sparse"})
         for _ in range(repeats):
             for way in ways:
                 way.run(again=tokens <= SHORT)
