@@ -193,7 +193,34 @@ def unseen(document: Document) -> str:
     return "\n".join([*lines, "", f"{text}. {origin(document)}"])
 
 
+def decode(document: Document) -> str:
+    """Tokens a second of a hybrid cache and of the fastest dense one."""
+    lines = [
+        "| model | batch × tokens | windowed KV heads | tokens/s | dense | speed-up | cache GB "
+        "| dense |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['model']} | {r['batch']} × {r['tokens']} | {r['ratio']:.0%} "
+        f"| {r['ours_tokens_per_s']:.0f} | {r['dense_tokens_per_s']:.0f} "
+        f"| {r['ours_tokens_per_s'] / r['dense_tokens_per_s']:.2f}× "
+        f"| {r['kv_bytes'] / 1e9:.1f} | {r['kv_bytes_dense'] / 1e9:.1f} |"
+        for r in document["rows"]
+        if r["dense_tokens_per_s"]
+    ]
+    return "\n".join([*lines, "", origin(document)])
+
+
+def prefill(document: Document) -> str:
+    """Whole forwards of a long prompt or video."""
+    from afbs_compile.bench import prefill  # other tables are made without the package
+
+    return f"{prefill.table(document)}\n\n{origin(document)}"
+
+
 TABLES = {
+    "decode": ("decode", decode),
+    "prefill": ("prefill", prefill),
     "tuner": ("tuner", tuner),
     "unseen": ("unseen", unseen),
     "balance": ("balance", balance),
