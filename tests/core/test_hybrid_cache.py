@@ -23,6 +23,7 @@ from transformers import (
 import afbs_compile
 from afbs_compile import hybrid_prefill
 from afbs_compile.hybrid_cache import HybridCache
+from afbs_compile.kernels import decode as kernel
 from afbs_compile.kernels import policy_columns as columns
 from afbs_compile.policy import Head, Policy, Site, Tuning, bucket_of
 
@@ -262,6 +263,30 @@ def test_decoding_compiles_once(backend):
 
 @torch.no_grad()
 @pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.real_inductor
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_token_is_not_written_into_a_copy(monkeypatch):
+    net = model(2, 2)
+    cache = afbs_compile.HybridCache.from_policy(
+        policy([[(4, 2), None]] * 2, 2), net.config, 2, 32
+    )
+    cache.allocate(net.config, torch.float32, "cpu")
+    net.set_attn_implementation("afbs-hybrid")
+    run, read = kernel.on_cpu, []
+
+    def spy(q, keys, values, *rest):
+        read.append((keys.data_ptr(), values.data_ptr()))
+        return run(q, keys, values, *rest)
+
+    monkeypatch.setattr(kernel, "on_cpu", spy)
+    step = torch.compile(net, fullgraph=True)
+    with torch.no_grad():
+        step(input_ids=torch.ones(2, 1, dtype=torch.long), past_key_values=cache)
+        read.clear()
+        step(input_ids=torch.ones(2, 1, dtype=torch.long), past_key_values=cache)
+    assert read == [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
+
+
 def test_a_compiled_prompt_in_chunks():
     from torch._dynamo.testing import CompileCounterWithBackend
 
