@@ -261,8 +261,6 @@ def test_decoding_compiles_once(backend):
     )
 
 
-@torch.no_grad()
-@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.real_inductor
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_a_token_is_not_written_into_a_copy(monkeypatch):
@@ -287,6 +285,8 @@ def test_a_token_is_not_written_into_a_copy(monkeypatch):
     assert read == [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
 
 
+@torch.no_grad()
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_a_compiled_prompt_in_chunks():
     from torch._dynamo.testing import CompileCounterWithBackend
 
