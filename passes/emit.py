@@ -4,11 +4,12 @@ Dynamo keeps a fake tensor in every node's meta; checks and later passes read sh
 it. A new node's value is its target's result on the fake values of its arguments.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 from torch.fx.node import map_arg
@@ -64,7 +65,13 @@ class Emitter:
         return node
 
 
-def fake_mode(values: Any) -> AbstractContextManager[Any]:
-    """The mode that the fake tensors among some values belong to."""
+@contextmanager
+def fake_mode(values: Any) -> Iterator[None]:
+    """The mode that the fake tensors among some values belong to, with all that Dynamo has around.
+
+    Without Python's dispatcher composite operators of torch 2.11 ask for sizes as plain numbers,
+    which would fix symbolic ones.
+    """
     fakes = (x.fake_mode for x in tree_leaves(values) if isinstance(x, FakeTensor))
-    return next(fakes, nullcontext())
+    with next(fakes, nullcontext()), enable_python_dispatcher():
+        yield

@@ -10,6 +10,7 @@ from afbs_compile.passes.plan import plan
 from afbs_compile.passes.rewrite import rewrite
 
 L, E, H = 40, 64, 2
+OLD = torch.__version__ < "2.12"
 CAUSAL, FULL = Mask(True), Mask()
 causal_mask = nn.Transformer.generate_square_subsequent_mask
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -80,6 +81,8 @@ def test_modules_are_laid_open(make, kwargs, masks, dynamic, policy_tensor):
     model, x = make().eval(), tokens()
     if dynamic:
         torch._dynamo.mark_dynamic(x, (0, 1))
+        if OLD and any(isinstance(m, nn.TransformerEncoderLayer) for m in model.modules()):
+            pytest.skip("Dynamo itself does not trace this operator with symbolic sizes")
     found, gm, before, inputs = planned(model, x, **kwargs)
     assert not found.refused
     assert [s.mask for s in found.sites] == masks
