@@ -4,7 +4,6 @@ Run: python bench/hybrid.py (or `afbs bench hybrid`). A search reads windows fro
 questions about them; scores are those of other windows and questions.
 """
 
-import json
 import sys
 import time
 from argparse import Namespace
@@ -19,7 +18,7 @@ import torch
 
 from afbs_compile.bench import hybrid_show, script, windows
 from afbs_compile.bench.hybrid_setup import Setup, setup
-from afbs_compile.bench.ledger import Ledger, Row, earlier
+from afbs_compile.bench.ledger import Ledger, Row
 from afbs_compile.commands.errors import CommandError
 from afbs_compile.commands.hybridize import load
 from afbs_compile.hybrid_losses import Losses
@@ -47,10 +46,7 @@ def run(args: Namespace, output: Path | None) -> dict[str, Any]:
         raise CommandError("--documents, --unseen and --sharing are at least 1, --held at least 0")
     name = "hybrid" if torch.cuda.is_available() else "hybrid_cpu"
     ledger = Ledger(name, KEY, output, args.seconds)
-    if args.merge:
-        join(ledger, args.merge)
-    else:
-        measure(args, methods, ledger)
+    measure(args, methods, ledger)
     ledger.write()
     document = ledger.document()
     if args.plot:
@@ -72,18 +68,6 @@ def measure(args: Namespace, methods: list[str], ledger: Ledger) -> None:
                         stores.enter_context(one.store)
                     for row in rows(ready, methods, ledger, progress):
                         ledger.add(row)
-
-
-def join(ledger: Ledger, folders: list[Path]) -> None:
-    """Take the rows and notes of other results, of processes that shared the work.
-
-    Raises:
-        CommandError: They cannot be read, or are another device's.
-    """
-    for folder in folders:
-        path = folder / f"{ledger.name}.json"
-        ledger.rows += [row for row in earlier(path) if not ledger.has(row)]
-        ledger.notes += json.loads(path.read_text()).get("notes", [])
 
 
 def rows(

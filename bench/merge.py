@@ -45,6 +45,19 @@ def merged(parts: Sequence[dict[str, Any]], key: Sequence[str]) -> dict[str, Any
     return made | {"notes": notes} if notes else made
 
 
+def read(path: Path) -> dict[str, Any]:
+    """The document of one part.
+
+    Raises:
+        CommandError: It cannot be read.
+    """
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{path} cannot be merged: {error}; name finished parts only") from error
+    return found
+
+
 def main(given: Sequence[str] | None = None) -> int:
     """Read, merge and store; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -53,8 +66,8 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="the folder (default: bench/results)")
     args = parser.parse_args(given)
     module = importlib.import_module(f"afbs_compile.bench.{args.name.removesuffix('_cpu')}")
-    parts = [json.loads((folder / f"{args.name}.json").read_text()) for folder in args.folders]
     try:
+        parts = [read(folder / f"{args.name}.json") for folder in args.folders]
         found = merged(parts, module.KEY)
     except CommandError as error:
         sys.stderr.write(f"{error}\n")

@@ -134,10 +134,13 @@ class Variant:
         """Time one run; with `again` after one that is not timed."""
         if self.runs is None:
             return
-        self.ready()
-        if again:  # a policy that was put in looks its sites up in the first call
-            self.call()
-        self.runs.append(seconds_of(self.call))
+        try:
+            self.ready()
+            if again:  # a policy that was put in looks its sites up in the first call
+                self.call()
+            self.runs.append(seconds_of(self.call))
+        except torch.OutOfMemoryError:  # others hold memory by now
+            self.runs, self.row["failure"] = None, "out of memory"
 
 
 def variants(found: Subject, inputs: Inputs, kept: list[float], force: Forced) -> list[Variant]:

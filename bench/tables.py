@@ -9,7 +9,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-DOCS = ("benchmarks", "coverage", "training")
+DOCS = ("benchmarks", "coverage", "sparse_training", "training")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 LENGTHS = (8192, 16384, 32768)
 SHOWN, NEAR, ALL = 0.25, 0.05, 0.99  # share of the visible blocks
@@ -218,7 +218,15 @@ def prefill(document: Document) -> str:
     return f"{prefill.table(document)}\n\n{origin(document)}"
 
 
+def pretrain(document: Document) -> str:
+    """A small model trained dense and sparse."""
+    from afbs_compile.bench import pretrain_show  # other tables are made without the package
+
+    return f"{pretrain_show.markdown(document)}\n\n{origin(document)}"
+
+
 TABLES = {
+    "pretrain": ("pretrain", pretrain),
     "decode": ("decode", decode),
     "prefill": ("prefill", prefill),
     "tuner": ("tuner", tuner),

@@ -69,10 +69,6 @@ def add_bench_hybrid_options(command: argparse.ArgumentParser) -> None:
         help="documents of every task that decide among a search's best choices; 0: none (4)",
     )  # fmt: skip
     command.add_argument(
-        "--merge", action="append", default=[], type=Path, metavar="DIR",
-        help="measure nothing: join the results in these folders, of one device, into --output",
-    )  # fmt: skip
-    command.add_argument(
         "--sharing", type=int, default=1, metavar="N",
         help="processes that share the device and its memory (1)",
     )  # fmt: skip

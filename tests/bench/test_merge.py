@@ -36,3 +36,9 @@ def test_parts_of_other_machines_are_refused(tmp_path, capsys, differs):
     assert merge.main(["compensation", *parts, "--output", str(tmp_path)]) == 1
     assert differs in capsys.readouterr().err
     assert not (tmp_path / "compensation.json").exists()
+
+
+def test_a_part_that_is_not_there(tmp_path, capsys):
+    parts = [part(tmp_path / "a", "a"), str(tmp_path / "b")]
+    assert merge.main(["compensation", *parts, "--output", str(tmp_path)]) == 1
+    assert "cannot be merged" in capsys.readouterr().err

@@ -42,6 +42,10 @@ def test_what_does_not_fit_is_a_row():
     way.run(again=False)
     assert way.row["failure"] == "out of memory"
     assert prefill.median_ratio([1.0], way.runs) is None
+    later = prefill.Variant(too_large, lambda: None, {"variant": "eager", "failure": None})
+    later.run(again=True)
+    assert later.runs is None
+    assert later.row["failure"] == "out of memory"
     assert prefill.median_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 1.0]) == 3.0
 
 
