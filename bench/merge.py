@@ -54,7 +54,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise CommandError(f"{path} cannot be merged: {error}; name finished parts only") from error
+        raise CommandError(f"{path} cannot be merged: {error}; name finished parts") from error
     return found
 
 
