@@ -36,7 +36,7 @@ NO_DEVICE = (
 )
 GIB = 1 << 30
 MIN_LENGTH = 128  # shorter calls are not what is asked about
-SHORT = 1 << 15  # tokens; longer calls take so long that looking a policy up does not count
+SHORT = 1 << 14  # tokens; longer calls take so long that looking a policy up does not count
 Call = Callable[[], Tensor]
 
 

@@ -44,7 +44,9 @@ def tiling(
     """
     if itemsize == 4:
         rows, cols, warps, stages, registers = 32, 32, 8, 2, None
-    elif causal or fold_m == 1:  # short rows: many small programs
+    elif fold_m == 1:  # a row is a whole block: few tiles, and wide ones are read sooner
+        rows, cols, warps, stages, registers = 64, 128, 4, 3, None
+    elif causal:  # short rows: many small programs
         rows, cols, warps, stages, registers = 64, 64, 4, 3, None
     else:  # two programs a multiprocessor, each with two warpgroups that share k
         rows, cols, warps, stages, registers = 128, 128, 8, 2, 128

@@ -139,7 +139,7 @@ def pool_kernel(
 
 def tiling(padded: int, cosine: bool) -> tuple[int, int]:
     """Blocks of a program and its warps; long blocks take few, so that there are many programs."""
-    return (max(1, 256 // padded), 1) if cosine else (max(2, 2048 // padded), 4)
+    return (max(1, 256 // padded), 1) if cosine else (max(2, 1024 // padded), 4)
 
 
 def pooled_width(q: Tensor) -> tuple[int, int]:

@@ -37,8 +37,9 @@ from afbs_compile.kernels.triton_mask import shown
 from afbs_compile.kernels.triton_scores import block_scores
 
 TWO_BITS = tl.constexpr(0x40000000)  # the float 2.0 as an integer: above every block score
+SPARE = tl.constexpr(0.5)  # of what may be missing; see `kept_bounds`
 UNIT = tl.constexpr(budget.UNIT)
-CHUNK = 512  # block scores that the single warp of a pick program holds at once
+CHUNK = 512  # block scores that the single warp of a pick program holds at once, at most
 
 
 @triton.jit
@@ -57,15 +58,18 @@ def at_least(scores, held, start, end, middle, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def kept_bounds(scores, start, end, target, room, limited, CHUNK: tl.constexpr):
+def kept_bounds(scores, start, end, total, best, target, room, limited, CHUNK: tl.constexpr):
     """`(low, high, n)`: keep the scores in `[start, end)` with bits >= high, and n in between.
 
     Without a limit the scores kept are the fewest that sum to `target`, else the `room` largest;
     of the equal ones between low and high the first n. Non-negative floats order like their bits,
-    so 30 halvings do at most.
+    so 30 halvings do at most. Scores under the nth part of what may be missing cannot sum to it:
+    the halvings begin there, well below for the rounding of sums, and above the best score.
     """
-    low = 0
-    high = TWO_BITS
+    spare = SPARE * (total - target) / tl.maximum(end - start, 1).to(tl.float32)
+    low = tl.where(limited | (spare - spare != 0.0), 0.0, tl.maximum(spare, 0.0))
+    low = low.to(tl.int32, bitcast=True)
+    high = tl.where(best - best == 0.0, tl.maximum(best, 0.0), 1.0).to(tl.int32, bitcast=True) + 1
     count_low = end - start  # scores >= low
     count_high = 0
     j = start + tl.arange(0, CHUNK)
@@ -160,7 +164,9 @@ def pick_kernel(
     units = tl.minimum((budget * UNIT + 0.5).to(tl.int32), UNIT)
     wanted = tl.maximum((units * seen + UNIT // 2) // UNIT, 1)
     room = tl.maximum(wanted - fixed, 0)
-    low, high, among = kept_bounds(scores, start, end, tau * total, room, limited, CHUNK)
+    low, high, among = kept_bounds(
+        scores, start, end, total, best, tau * total, room, limited, CHUNK
+    )  # fmt: skip
 
     kept = 0
     equal = 0
@@ -186,6 +192,11 @@ def pick_kernel(
         tl.store(INDICES + row * blocks_k + slot, j, mask=j < blocks_k)
         kept += tl.sum(keep, 0)
     tl.store(COUNTS + row, kept)
+
+
+def chunk_of(blocks: int) -> int:
+    """Block scores that a program holds at once: as few as hold all, where so few do."""
+    return min(CHUNK, max(32, triton.next_power_of_2(blocks)))
 
 
 def select(
@@ -266,7 +277,7 @@ def select_counted(
              *((policy, policy) if seen is None else seen[:2]),
              heads, heads // k.shape[1], length_q, length_k, blocks_q, blocks_k,
              mask.offset, site_window(mask), *strides),
-            BLOCK_M=block_m, BLOCK_N=block_n, CHUNK=CHUNK,
+            BLOCK_M=block_m, BLOCK_N=block_n, CHUNK=chunk_of(blocks_k),
             CAUSAL=mask.causal, GATE=selector == "mean", DATA=seen is not None,
             num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip
