@@ -188,11 +188,11 @@ def prompted(
     for one in ways[start:] + ways[:start]:
         writer.ready(one)
         JOURNAL.clear()
-        writer.answer(one, prompt, 1)  # compiles, and looks up the thresholds that were put in
+        for _ in range(1 if turn else 2):  # looks up thresholds that were put in; compiles first,
+            writer.answer(one, prompt, 1)  # and a processor's kernels in the second call again
         answers[one.name] = writer.answer(one, prompt, new)
         if one.thresholds:
-            found_at = {s.name: s.decision for s in JOURNAL.report().sites}
-            seen[one.name] = len(found_at), sum(d == "sparse" for d in found_at.values())
+            seen[one.name] = became()
     wanted = answers[ways[0].name]
     rows = []
     for one in ways:
@@ -201,10 +201,25 @@ def prompted(
         rows.append((one, {
             "reference": ways[0].name, "agreed": same, "same": same == new,
             "gap": gap(answer, wanted), "first_s": answer.first_s, "total_s": answer.total_s,
-            "density": density(found, one, prompt), "sites": seen[one.name][0], "rewritten": seen[one.name][1],
+            "reference_first_s": wanted.first_s, "density": density(found, one, prompt),
+            "sites": seen[one.name][0], "rewritten": seen[one.name][1],
             "tuning_seconds": one.tuning_seconds, "gaining": one.gaining,
         }))  # fmt: skip
     return rows
+
+
+def became() -> tuple[int, int]:
+    """Sites of the prompt's graph, and how many of them are sparse.
+
+    Raises:
+        CommandError: None is sparse: answers would be dense ones.
+    """
+    sites = {s.name: s for s in JOURNAL.report().sites}
+    sparse = sum(s.decision == "sparse" for s in sites.values())
+    if not sparse:
+        reasons = "; ".join(sorted({str(s.reason) for s in sites.values()}))
+        raise CommandError(f"no call of a prompt is sparse: {reasons or 'none was seen'}")
+    return len(sites), sparse
 
 
 def density(found: Subject, one: Way, prompt: Tensor) -> float:

@@ -19,20 +19,9 @@ def groups(rows: list[Row]) -> dict[tuple[Any, ...], list[Row]]:
     return found
 
 
-def summary(rows: list[Row], dense: list[Row]) -> Row:
-    """One variant's figures over its prompts.
-
-    Args:
-        rows: Of one variant.
-        dense: Of what it is compared with; prompts that only one of both has do not count
-            in `sooner`.
-    """
-    at = {(row["text"], row["window"]): row["first_s"] for row in dense}
-    ratios = [
-        at[place] / row["first_s"]
-        for row in rows
-        if (place := (row["text"], row["window"])) in at
-    ]  # fmt: skip
+def summary(rows: list[Row]) -> Row:
+    """One variant's figures over its prompts."""
+    ratios = [row["reference_first_s"] / row["first_s"] for row in rows]
     gaps = [row["gap"] for row in rows if row["gap"] is not None]
     last = rows[-1]
     return {
@@ -43,7 +32,7 @@ def summary(rows: list[Row], dense: list[Row]) -> Row:
         "density": statistics.fmean(row["density"] for row in rows),
         "sites": None if last["sites"] is None else f"{last['rewritten']} of {last['sites']}",
         "first_s": statistics.median(row["first_s"] for row in rows),
-        "sooner": statistics.median(ratios) if ratios else None,
+        "sooner": statistics.median(ratios),
         "tuning_seconds": last["tuning_seconds"],
         "gaining": last["gaining"],
     }
@@ -60,7 +49,7 @@ def cells(variant: str, new: int, found: Row) -> list[str]:
         f"{found['density']:.2f}",
         found["sites"] or "–",
         f"{1e3 * found['first_s']:.1f} ms",
-        "–" if found["sooner"] is None else f"{found['sooner']:.2f}×",
+        f"{found['sooner']:.2f}×",
         "–" if found["tuning_seconds"] is None else f"{found['tuning_seconds']:.1f} s",
     ]
 
@@ -77,8 +66,7 @@ def lines(document: dict[str, Any]) -> list[str]:
     """The table, one model and length after the other, then what was left out."""
     told: list[str] = []
     heading = None
-    found = groups(document["rows"])
-    for key, rows in found.items():
+    for key, rows in groups(document["rows"]).items():
         *about, variant = key
         model, dtype, tokens, new, decode = about
         if heading != about:
@@ -91,8 +79,7 @@ def lines(document: dict[str, Any]) -> list[str]:
                 f"| {' | '.join(COLUMNS)} |",
                 "|---" * len(COLUMNS) + "|",
             ]
-        dense = found.get((*about, rows[0]["reference"]), [])
-        told.append(f"| {' | '.join(cells(variant, new, summary(rows, dense)))} |")
+        told.append(f"| {' | '.join(cells(variant, new, summary(rows)))} |")
     notes = document.get("notes", [])
     return [*told, *[""] * bool(notes), *(f"- {note}" for note in notes)]
 
