@@ -15,6 +15,7 @@ from afbs_compile.commands.balance_options import add_balance_options
 from afbs_compile.commands.coverage_options import add_coverage_options, add_fuzz_options
 from afbs_compile.commands.decode_options import add_decode_options
 from afbs_compile.commands.errors import CommandError
+from afbs_compile.commands.generate_options import add_generate_options
 from afbs_compile.commands.hybrid_options import (
     add_bench_hybrid_options,
     add_hybridize_options,
@@ -206,6 +207,7 @@ def add_bench(command: argparse.ArgumentParser) -> None:
         ("tuning-time", "how long tuning takes, by phase", add_tuning_time_options),
         ("decode", "tokens a second and bytes of a hybrid cache", add_decode_options),
         ("prefill", "seconds and memory of a long prompt or video", add_prefill_options),
+        ("generate", "what is written after long prompts, and how soon", add_generate_options),
         ("pretrain", "a small model trained sparse and dense", add_pretrain_options),
         ("live", "balanced training on the ranks of torchrun", add_live_options),
     ):

@@ -218,6 +218,13 @@ def prefill(document: Document) -> str:
     return f"{prefill.table(document)}\n\n{origin(document)}"
 
 
+def generate(document: Document) -> str:
+    """What a model writes after long prompts, dense and sparse."""
+    from afbs_compile.bench import generate_show  # other tables are made without the package
+
+    return f"{generate_show.markdown(document)}\n\n{origin(document)}"
+
+
 def pretrain(document: Document) -> str:
     """A small model trained dense and sparse."""
     from afbs_compile.bench import pretrain_show  # other tables are made without the package
@@ -229,6 +236,7 @@ TABLES = {
     "pretrain": ("pretrain", pretrain),
     "decode": ("decode", decode),
     "prefill": ("prefill", prefill),
+    "generate": ("generate", generate),
     "tuner": ("tuner", tuner),
     "unseen": ("unseen", unseen),
     "balance": ("balance", balance),

@@ -62,15 +62,25 @@ def thresholds(
     """
     if setting.head is not None:
         return Thresholds(setting.selector, setting.head)
+    return of_policy(policy(setting, model, calibration, length), setting, length)
+
+
+def policy(
+    setting: Setting, model: LanguageModel, calibration: Calibration, length: int
+) -> Policy:
+    """The policy of a tuned setting: read if it is kept, else tuned now.
+
+    Raises:
+        CommandError: Nothing can be tuned.
+    """
     path = kept_at(setting, model, calibration, length)
     if path and path.is_file():
-        policy = Policy.read(path)
-    else:
-        policy = tune(setting, model, calibration, length)
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(policy.to_json(), encoding="utf-8")
-    return of_policy(policy, setting, length)
+        return Policy.read(path)
+    made = tune(setting, model, calibration, length)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(made.to_json(), encoding="utf-8")
+    return made
 
 
 def of_policy(policy: Policy, setting: Setting, length: int) -> Thresholds:

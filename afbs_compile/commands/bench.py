@@ -15,7 +15,7 @@ def run(args: Namespace) -> int:
         "attention": attention, "tuner": tuner, "quality": quality, "retrieval": retrieval,
         "coverage": coverage, "fuzz": fuzz, "balance": balance, "decode": decode,
         "hybrid": hybrid, "prefill": prefill, "tuning-time": tuning_time,
-        "pretrain": pretrain, "live": live,
+        "pretrain": pretrain, "live": live, "generate": generate,
     }  # fmt: skip
     return kinds[args.what](args)
 
@@ -121,6 +121,14 @@ def prefill(args: Namespace) -> int:
 
     document = prefill.run(args, args.output)
     return tell(args, document, lambda found: emit_text(prefill.table(found)))
+
+
+def generate(args: Namespace) -> int:
+    """What a model writes after long prompts, and how soon."""
+    from afbs_compile.bench import generate, generate_show
+
+    document = generate.run(args, args.output)
+    return tell(args, document, lambda found: emit_text(generate_show.markdown(found)))
 
 
 def pretrain(args: Namespace) -> int:
