@@ -196,7 +196,7 @@ def pick_kernel(
 
 def chunk_of(blocks: int) -> int:
     """Block scores that a program holds at once: as few as hold all, where so few do."""
-    return min(CHUNK, max(32, triton.next_power_of_2(blocks)))
+    return min(CHUNK, max(32, int(triton.next_power_of_2(blocks))))
 
 
 def select(
