@@ -105,7 +105,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """Breadth first; what cannot be built is told; nothing is run twice."""
     ran = []
 
-    def attempt(entry, cell, tuned, inner):
+    def attempt(entry, cell, tuned, inner, place):
         if entry is coverage.ENTRIES["timm ViT"]:
             raise zoo.Missing("timm: not installed")
         ran.append((entry, cell))
