@@ -6,17 +6,19 @@ fixed tau, with the same graph on the plain-torch oracle; tuned, every head's er
 promised.
 """
 
+import copy
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from afbs_compile import cache
 from afbs_compile.bench import forced, script, zoo, zoo_diffusion
@@ -34,6 +36,7 @@ from afbs_compile.report import JOURNAL
 from afbs_compile.source import look_up
 from afbs_compile.tuner.objective import FULL, u_of_tau
 
+STARRED = ("Llama", "Qwen3", "Gemma-3", "ViT", "Flux", "SD3", "Wan")  # on a GPU as well
 KEY = ("model", "length", "batch", "mask", "cache", "grad", "tuned")
 ENTRIES: Mapping[str, Entry] = {**zoo.ENTRIES, **zoo_diffusion.ENTRIES}
 TAU = 0.8
@@ -73,8 +76,10 @@ def run(args: Namespace, output: Path | None) -> dict[str, Any]:
     Raises:
         CommandError: A model or length is unknown, or `output` cannot be continued.
     """
-    ledger = Ledger("coverage_cpu", KEY, output, args.seconds)
-    steps = missing(chosen(args.models), args.longest, ledger)
+    place = placed(args.device, args.dtype)
+    ledger = Ledger(place.file(), KEY, output, args.seconds)
+    names = [n for n in chosen(args.models) if not args.starred or n in STARRED]
+    steps = missing(names, args.longest, ledger)
     with Progress() as progress:
         absent: dict[str, str] = {}
         for done, row in enumerate(steps):
@@ -86,7 +91,8 @@ def run(args: Namespace, output: Path | None) -> dict[str, Any]:
             cell = Cell(**{f.name: row[f.name] for f in fields(Cell)})
             try:
                 if name not in absent:
-                    ledger.add(row | attempt(ENTRIES[name], cell, row["tuned"], args.inner))
+                    found = attempt(ENTRIES[name], cell, row["tuned"], args.inner, place)
+                    ledger.add(row | found)
                     told = line(ledger.rows[-1])
                     progress.bars.console.print(
                         told, markup=False, highlight=False, soft_wrap=True
@@ -96,6 +102,45 @@ def run(args: Namespace, output: Path | None) -> dict[str, Any]:
     ledger.notes += absent.values()
     ledger.write()
     return ledger.document()
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where models run, and in which precision."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def half(self) -> bool:
+        """Whether rounding is larger than what float32 is held to."""
+        return self.dtype != torch.float32
+
+    def file(self) -> str:
+        """Name of the result file."""
+        return f"coverage_{self.device.type}{'_bf16' if self.half else ''}"
+
+    def put(self, inputs: Any) -> Any:
+        """Inputs there; numbers with a fraction in the precision."""
+
+        def moved(x: Tensor) -> Tensor:
+            return x.to(self.device, self.dtype if x.is_floating_point() else x.dtype)
+
+        return tree_map_only(Tensor, moved, inputs)
+
+
+CPU = Place(torch.device("cpu"), torch.float32)
+
+
+def placed(device: str, dtype: str) -> Place:
+    """Where to run.
+
+    Raises:
+        CommandError: There is no such device here.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise CommandError("there is no CUDA device here; leave --device out")
+    return Place(torch.device(device), getattr(torch, dtype))
 
 
 def missing(names: list[str], longest: int | None, ledger: Ledger) -> list[Row]:
@@ -126,7 +171,9 @@ def chosen(names: str | None) -> list[str]:
     return asked
 
 
-def attempt(entry: Entry, cell: Cell, tuned: bool, inner: str = "eager") -> Row:
+def attempt(
+    entry: Entry, cell: Cell, tuned: bool, inner: str = "eager", place: Place = CPU
+) -> Row:
     """What came of a cell; an exception is a result as well.
 
     Raises:
@@ -135,10 +182,13 @@ def attempt(entry: Entry, cell: Cell, tuned: bool, inner: str = "eager") -> Row:
     begun = time.process_time()
     found: Row = dict.fromkeys(
         ("sites", "rewritten", "short", "kept_error", "policy_error", "policy_change",
-         "grad_error", "head_error", "graphs", "graphs_dense")
-    ) | {"reasons": {}, "failure": None, "inner": inner}  # fmt: skip
+         "grad_error", "head_error", "graphs", "graphs_dense", "dense_error", "dense_grad_error")
+    ) | {
+        "reasons": {}, "failure": None, "inner": inner,
+        "dtype": str(place.dtype).removeprefix("torch."),
+    }  # fmt: skip
     try:
-        found |= promise(entry, cell, inner) if tuned else exactness(entry, cell, inner)
+        found |= (promise if tuned else exactness)(entry, cell, inner, place)
     except Missing:
         raise
     except Exception as error:
@@ -146,10 +196,18 @@ def attempt(entry: Entry, cell: Cell, tuned: bool, inner: str = "eager") -> Row:
     return found | {"cpu_seconds": round(time.process_time() - begun, 2)}
 
 
-def exactness(entry: Entry, cell: Cell, inner: str) -> Row:
-    """The errors of a cell under thresholds that are set, not tuned."""
-    module, inputs = built(entry, cell)
-    want, want_grad = outputs(module, module, inputs, cell)
+def exactness(entry: Entry, cell: Cell, inner: str, place: Place = CPU) -> Row:
+    """The errors of a cell under thresholds that are set, not tuned.
+
+    In half precision all are compared with the same weights in float32, the dense model too.
+    """
+    module, inputs = built(entry, cell, place)
+    want, want_grad = dense, dense_grad = outputs(module, module, inputs, cell)
+    if place.half:
+        exact = copy.deepcopy(module).float()
+        want, want_grad = outputs(
+            exact, exact, Place(place.device, torch.float32).put(inputs), cell
+        )
     graphs: list[Any] = []
     outputs(torch.compile(module, backend=forced.counting(graphs)), module, inputs, cell)
     torch._dynamo.reset()
@@ -159,7 +217,8 @@ def exactness(entry: Entry, cell: Cell, inner: str) -> Row:
         found = reported(entry, cell)
         forward = replace(cell, grad=False)
         changed = oracle = None
-        if found["rewritten"] and not cell.grad:
+        # the oracle stands for a processor's kernel alone
+        if found["rewritten"] and not cell.grad and place.device.type == "cpu":
             force.move(forced.every(TAU))
             changed, _ = outputs(compiled, module, inputs, forward)
             with forced.oracle():
@@ -170,14 +229,16 @@ def exactness(entry: Entry, cell: Cell, inner: str) -> Row:
         "policy_error": None if changed is None else worst(changed, oracle),
         "policy_change": None if changed is None else worst(changed, want),
         "grad_error": worst(kept_grad, want_grad) if cell.grad else None,
+        "dense_error": worst(dense, want) if place.half else None,
+        "dense_grad_error": worst(dense_grad, want_grad) if place.half and cell.grad else None,
         "graphs": made,
         "graphs_dense": len(graphs),
     }
 
 
-def promise(entry: Entry, cell: Cell, inner: str) -> Row:
+def promise(entry: Entry, cell: Cell, inner: str, place: Place = CPU) -> Row:
     """The largest error of a head of a tuned model, run by the kernel, where `MAX_ERROR` holds."""
-    module, inputs = built(entry, cell)
+    module, inputs = built(entry, cell, place)
     want, _ = outputs(module, module, inputs, cell)
     with forced.forced(None, inner) as force:
         tuned, _ = outputs(afbs(module, cell, force), module, inputs, cell)
@@ -205,11 +266,12 @@ def head_errors(key: str, problem: Problem) -> Iterator[float]:
             yield from (float(e) for e, head in errors if head.mode == "sparse")
 
 
-def built(entry: Entry, cell: Cell) -> tuple[nn.Module, Inputs]:
+def built(entry: Entry, cell: Cell, place: Place = CPU) -> tuple[nn.Module, Inputs]:
     """A cell's model and inputs, the same every time."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    return entry.build(cell)
+    module, inputs = entry.build(cell)
+    return module.to(place.device, place.dtype), place.put(inputs)
 
 
 def afbs(module: nn.Module, cell: Cell, force: Forced) -> Callable[..., Any]:

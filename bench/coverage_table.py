@@ -12,14 +12,28 @@ BARS = {
     "grad_error": EXACT_GRADIENT,
     "head_error": SLACK * MAX_ERROR,
 }
+HALF = 2.0  # how much further from float32 than dense half precision we may be
+ROUNDING = 2**-8  # of the largest output: one step of bfloat16, whatever dense does
+ORACLE = 2e-2  # half precision: attention's weights are rounded elsewhere in plain torch
 Row = dict[str, Any]
+
+
+def bars(row: Row) -> dict[str, float]:
+    """The largest error of every kind that is right for a row."""
+    if row.get("dtype", "float32") == "float32":
+        return BARS
+    half = {
+        name: HALF * (row[dense] or 0) + ROUNDING
+        for name, dense in (("kept_error", "dense_error"), ("grad_error", "dense_grad_error"))
+    }
+    return BARS | half | {"policy_error": ORACLE}
 
 
 def wrong(row: Row) -> str | None:
     """What is wrong with a row, or None."""
     if row["failure"]:
         return str(row["failure"])
-    for column, bar in BARS.items():
+    for column, bar in bars(row).items():
         if row[column] is not None and not row[column] <= bar:
             return f"{column} {row[column]:.1e}"
     if "not seen" in row["reasons"]:
@@ -60,13 +74,21 @@ def line(model: str, rows: list[Row]) -> str:
         model,
         str(len(rows)),
         f"{total(rows, 'rewritten')} of {total(rows, 'sites')}",
-        largest(rows, "kept_error", "grad_error"),
+        kept(rows),
         largest(rows, "policy_error"),
         largest(rows, "head_error"),
         str(max(more, 0)),
         str(bad or "–"),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def kept(rows: list[Row]) -> str:
+    """The largest error with every block kept; in half precision dense's beside it."""
+    ours = largest(rows, "kept_error", "grad_error")
+    if all(row.get("dtype", "float32") == "float32" for row in rows):
+        return ours
+    return f"{ours} (dense {largest(rows, 'dense_error', 'dense_grad_error')})"
 
 
 def total(rows: list[Row], column: str) -> int:
@@ -76,7 +98,7 @@ def total(rows: list[Row], column: str) -> int:
 
 def largest(rows: list[Row], *columns: str) -> str:
     """The largest of some errors, or a dash."""
-    values = [row[c] for row in rows for c in columns if row[c] is not None]
+    values = [row[c] for row in rows for c in columns if row.get(c) is not None]
     return f"{max(values):.1e}" if values else "–"
 
 

@@ -244,6 +244,7 @@ TABLES = {
     "attention": ("attention", attention),
     "quality": ("quality", quality),
     "coverage": ("coverage_cpu", coverage),
+    "coverage_cuda_bf16": ("coverage_cuda_bf16", coverage),
 }
 
 

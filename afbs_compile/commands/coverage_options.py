@@ -8,6 +8,14 @@ def add_coverage_options(command: argparse.ArgumentParser) -> None:
     """What `afbs bench coverage` and `bench/coverage.py` share."""
     command.add_argument("--models", metavar="NAMES", help="a part, with semicolons")
     command.add_argument("--longest", type=int, metavar="N", help="no cell of more tokens")
+    command.add_argument(
+        "--starred", action="store_true", help="only the models that are run on a GPU as well"
+    )
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="bfloat16 is held to twice what dense bfloat16 loses against float32",
+    )  # fmt: skip
     add_running(command)
 
 

@@ -105,7 +105,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """Breadth first; what cannot be built is told; nothing is run twice."""
     ran = []
 
-    def attempt(entry, cell, tuned, inner):
+    def attempt(entry, cell, tuned, inner, place):
         if entry is coverage.ENTRIES["timm ViT"]:
             raise zoo.Missing("timm: not installed")
         ran.append((entry, cell))
@@ -115,7 +115,8 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
         }
 
     monkeypatch.setattr(coverage, "attempt", attempt)
-    args = Namespace(models="by hand;BERT;timm ViT", longest=7, inner="eager", seconds=None)
+    args = Namespace(models="by hand;BERT;timm ViT", longest=7, inner="eager", seconds=None,
+                     starred=False, device="cpu", dtype="float32")  # fmt: skip
     first = coverage.run(args, tmp_path)
     assert first["notes"] == ["timm ViT was skipped: timm: not installed"]
     assert [entry for entry, _ in ran[:2]] == [coverage.ENTRIES[n] for n in ("by hand", "BERT")]
@@ -123,3 +124,14 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert {cell.length for _, cell in ran} == {1, 7}
     assert len(ran) == len(first["rows"]) == len(set(ran))
     assert len(coverage.run(args, tmp_path)["rows"]) == len(ran)
+
+
+def test_half_precision_is_held_to_what_dense_loses():
+    row = {
+        "failure": None, "dtype": "bfloat16", "kept_error": 0.02, "dense_error": 0.009,
+        "policy_error": None, "grad_error": None, "dense_grad_error": None, "head_error": None,
+        "reasons": {}, "graphs": None,
+    }  # fmt: skip
+    assert coverage_table.wrong(row) is None
+    assert "kept_error" in coverage_table.wrong(row | {"dense_error": 0.007})
+    assert "kept_error" in coverage_table.wrong(row | {"dtype": "float32"})
