@@ -13,6 +13,7 @@ from afbs_compile.commands.output import console
 
 Row = dict[str, Any]
 Cell = tuple[Any, ...]  # model, tokens, window, ratio
+RANKINGS = ("begin", "middle", "end", "interleaved", "locality", "fisher", "retrieval")
 
 
 def cells(document: Mapping[str, Any]) -> dict[Cell, dict[str, dict[str, list[Row]]]]:
@@ -31,6 +32,36 @@ def scored(rows: list[Row]) -> str:
     scores = [row["score"] for row in rows]
     spread = f" ±{np.std(scores, ddof=1):.3f}" if len(scores) > 1 else ""
     return f"{np.mean(scores):.3f}{spread}"
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """BOSCH's divergence on every task beside the best static ranking's, a line a cell."""
+    tasks = list(dict.fromkeys(row["task"] for row in document["rows"]))
+    lines = [
+        f"| tokens | window | ratio | seeds | {' | '.join(tasks)} |",
+        "|---" * (4 + len(tasks)) + "|",
+    ]
+    for (_, tokens, window, ratio), methods in sorted(cells(document).items()):
+        own = methods.get("bosch")
+        if own is None:
+            continue
+        rivals = {name: found for name, found in methods.items() if name in RANKINGS}
+        seeds = len({row["seed"] for rows in own.values() for row in rows})
+        told = [
+            versus(own[task], {n: found[task] for n, found in rivals.items()}) for task in tasks
+        ]
+        lines.append(f"| {tokens} | {window} | {ratio:g} | {seeds} | {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
+def versus(own: list[Row], rivals: Mapping[str, list[Row]]) -> str:
+    """Mean KL of BOSCH over seeds, in bold where no rival's is smaller, and the best rival's."""
+    kl = float(np.mean([row["kl"] for row in own]))
+    best, name = min(
+        (float(np.mean([row["kl"] for row in rows])), n) for n, rows in rivals.items()
+    )
+    mark = "**" if kl <= best else ""
+    return f"{mark}{kl:.4f}{mark} ({name} {best:.4f})"
 
 
 def turnover(document: Mapping[str, Any]) -> list[str]:

@@ -13,17 +13,34 @@ BASES = ("random", "length", "sparsity")
 
 
 def markdown(document: Mapping[str, Any]) -> str:
-    """A line a method; speed-ups are of the same seed."""
+    """A table a setting, a line a method; speed-ups are of the same seed."""
+    settings = {setting(row): None for row in document["rows"]}
+    tables = [table([r for r in document["rows"] if setting(r) == one]) for one in settings]
+    return "\n\n".join([*tables, *document.get("notes", [])])
+
+
+def setting(row: Row) -> str:
+    """What rows of one table share, for people."""
+    return (
+        f"{row['ranks']} ranks ({row['backend']}), {row['micro_batches']} micro-batches of "
+        f"{row['rows']} documents each, {row['steps']} steps"
+    )
+
+
+def table(found: list[Row]) -> str:
+    """The rows of one setting."""
     rows: dict[str, dict[int, Row]] = {method: {} for method in METHODS}
-    for row in document["rows"]:
+    for row in found:
         rows[row["method"]][row["seed"]] = row
     lines = [
+        f"{setting(found[0])}:",
+        "",
         "| method | step | waiting | over random | over length | over sparsity | kept blocks "
         "| held-out loss |",
         "|---" * 8 + "|",
     ]
     lines += [line(method, rows) for method in METHODS if rows[method]]
-    return "\n".join([*lines, "", *apart(rows), *document.get("notes", [])])
+    return "\n".join([*lines, "", *apart(rows)])
 
 
 def line(method: str, rows: Mapping[str, Mapping[int, Row]]) -> str:
@@ -65,7 +82,7 @@ def apart(rows: Mapping[str, Mapping[int, Row]]) -> list[str]:
         return []
     losses = [[rows[method][seed]["held_out"] for method in SAME] for seed in sorted(seeds)]
     most = max(max(found) - min(found) for found in losses)
-    return [f"held-out losses of {', '.join(SAME)} are at most {most:.1e} apart in a seed"]
+    return [f"Held-out losses of {', '.join(SAME)} are at most {most:.1e} apart in a seed."]
 
 
 def show(document: Mapping[str, Any]) -> None:

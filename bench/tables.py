@@ -9,7 +9,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-DOCS = ("benchmarks", "coverage", "sparse_training", "training")
+DOCS = ("benchmarks", "coverage", "hybrid", "sparse_training", "training")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 LENGTHS = (8192, 16384, 32768)
 SHOWN, NEAR, ALL = 0.25, 0.05, 0.99  # share of the visible blocks
@@ -232,7 +232,23 @@ def pretrain(document: Document) -> str:
     return f"{pretrain_show.markdown(document)}\n\n{origin(document)}"
 
 
+def hybrid(document: Document) -> str:
+    """Which heads BOSCH finds, beside rankings that need no search."""
+    from afbs_compile.bench import hybrid_show  # other tables are made without the package
+
+    return f"{hybrid_show.markdown(document)}\n\n{origin(document)}"
+
+
+def live(document: Document) -> str:
+    """Training steps of real ranks, balanced and not."""
+    from afbs_compile.bench import live_show  # other tables are made without the package
+
+    return f"{live_show.markdown(document)}\n\n{origin(document)}"
+
+
 TABLES = {
+    "live": ("live", live),
+    "hybrid": ("hybrid", hybrid),
     "pretrain": ("pretrain", pretrain),
     "decode": ("decode", decode),
     "prefill": ("prefill", prefill),

@@ -104,7 +104,8 @@ def test_a_model_is_told_by_its_seed():
 
 def row(method, seed, step, held_out=2.0):
     return {"method": method, "seed": seed, "step_ms": step, "bubble": 0.1, "kept_ratio": 1.0,
-            "held_out": held_out}  # fmt: skip
+            "held_out": held_out, "ranks": 2, "backend": "gloo", "micro_batches": 3, "rows": 4,
+            "steps": 6}  # fmt: skip
 
 
 def test_speed_ups_are_of_the_same_seed():
@@ -117,6 +118,14 @@ def test_speed_ups_are_of_the_same_seed():
     assert "| 1.500 ± 0.000 | 1.250 ± 0.000 | 1.000 ± 0.000 |" in sparsity
     assert "at most 1.0e-03 apart" in told
     assert told.endswith("late")
+    assert told.startswith("2 ranks (gloo), 3 micro-batches of 4 documents each, 6 steps:")
+
+
+def test_settings_have_tables_of_their_own():
+    rows = [row("random", 0, 120.0), row("length", 0, 60.0) | {"rows": 8}]
+    told = live_show.markdown({"rows": rows})
+    assert told.count("| method |") == 2
+    assert " | 2.000 ± 0.000 | " not in told  # another setting's step is no base
 
 
 def test_turns_and_numbers():

@@ -61,4 +61,6 @@ def test_the_committed_results(name):
     path = tables.RESULTS / f"{file}.json"
     if not path.exists():
         pytest.skip("not measured yet")
-    assert make(json.loads(path.read_text())).startswith("| ")
+    assert any(
+        line.startswith("| ") for line in make(json.loads(path.read_text())).split("\n")[:3]
+    )
