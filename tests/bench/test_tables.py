@@ -61,6 +61,23 @@ def test_the_committed_results(name):
     path = tables.RESULTS / f"{file}.json"
     if not path.exists():
         pytest.skip("not measured yet")
-    assert any(
-        line.startswith("| ") for line in make(json.loads(path.read_text())).split("\n")[:3]
-    )
+    told = make(json.loads(path.read_text()))
+    if name == "prompt":
+        assert told.startswith("A prompt of ")
+    else:
+        assert any(line.startswith("| ") for line in told.split("\n")[:3])
+
+
+def test_a_prompt_that_only_some_ways_ran_is_not_told_of():
+    def rows(tokens, failure=None):
+        names = ("eager", "inductor", "afbs 1", "afbs 0.25")
+        return [
+            {"model": "llama-3-8b", "tokens": tokens, "variant": name, "failure": failure,
+             "seconds": 8.0 / n, "over_inductor": n / 2, "over_eager": n / 1}
+            for n, name in enumerate(names, 1)
+        ]  # fmt: skip
+
+    told = tables.prompt(ABOUT | {"rows": rows(64) + rows(128, "out of memory")})
+    assert told.startswith("A prompt of 64 tokens")
+    assert "(1.50× and 3.00×)" in told and "(2.00× and 4.00×)" in told
+    assert tables.prompt(ABOUT | {"rows": rows(128, "out of memory")}) == "*not measured yet*"
