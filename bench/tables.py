@@ -227,7 +227,8 @@ def prompt(document: Document) -> str:
     ways = {r["variant"]: r for r in rows if r["tokens"] == max(whole)}
     ours, less = ways["afbs 1"], ways["afbs 0.25"]
     return (
-        f"A prompt of {max(whole)} tokens through Llama-3-8B (random weights, {device(document)}): "
+        f"A prompt of {max(whole)} tokens through Llama-3-8B "
+        f"(random weights, {device(document)}): "
         f"eager {ways['eager']['seconds']:.2f} s, Inductor {ways['inductor']['seconds']:.2f} s; "
         f"ours {ours['seconds']:.2f} s with nothing left out ({over(ours)}), "
         f"{less['seconds']:.2f} s on a quarter of the blocks ({over(less)}). "

@@ -79,5 +79,6 @@ def test_a_prompt_that_only_some_ways_ran_is_not_told_of():
 
     told = tables.prompt(ABOUT | {"rows": rows(64) + rows(128, "out of memory")})
     assert told.startswith("A prompt of 64 tokens")
-    assert "(1.50× and 3.00×)" in told and "(2.00× and 4.00×)" in told
+    assert "(1.50× and 3.00×)" in told
+    assert "(2.00× and 4.00×)" in told
     assert tables.prompt(ABOUT | {"rows": rows(128, "out of memory")}) == "*not measured yet*"
