@@ -27,12 +27,14 @@ class DataMask:
         q_segments: integer `[B', Lq]`; with `k_segments`, or both are None.
         k_segments: integer `[B', Lk]`.
         elements: bool `[B', H', Lq, Lk]`, any strides.
+        blind: What a row is that sees nothing; see `kernels.blind`.
     """
 
     keys: Tensor | None = None
     q_segments: Tensor | None = None
     k_segments: Tensor | None = None
     elements: Tensor | None = None
+    blind: str = "zero"
 
     def tokens(self, first: int, last: int) -> Tensor:
         """Bool `[B', H', M, Lk]`, M = 1 if all queries see the same: what of `[first, last)`?"""
@@ -60,6 +62,7 @@ class DataMask:
             q_segments=None if self.q_segments is None else self.q_segments[:, queries],
             k_segments=None if self.k_segments is None else self.k_segments[:, keys],
             elements=None if self.elements is None else self.elements[:, :, queries, keys],
+            blind=self.blind,
         )
 
     @property
@@ -88,7 +91,9 @@ class MaskedBlocks:
     start: Tensor
 
 
-def gathered(parts: Sequence[Tensor | None], lengths: tuple[int, int]) -> DataMask | None:
+def gathered(
+    parts: Sequence[Tensor | None], lengths: tuple[int, int], blind: str = "zero"
+) -> DataMask | None:
     """The mask whose parts have the shapes in which graphs hold them; None without any part.
 
     Args:
@@ -96,6 +101,7 @@ def gathered(parts: Sequence[Tensor | None], lengths: tuple[int, int]) -> DataMa
             segments of queries `[B', Lq]` or `[B', 1, Lq, 1]`, and of keys; elements, bool,
             whatever broadcasts to `[B, H, Lq, Lk]`.
         lengths: Lq and Lk.
+        blind: What a row is that sees nothing.
     """
     if all(part is None for part in parts):
         return None
@@ -113,6 +119,7 @@ def gathered(parts: Sequence[Tensor | None], lengths: tuple[int, int]) -> DataMa
         None if q_segments is None else keys_of(q_segments),
         None if k_segments is None else keys_of(k_segments),
         elements,
+        blind,
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from afbs_compile.kernels import compensation as tangents
 from afbs_compile.kernels import flex, pairs, selection
+from afbs_compile.kernels.blind import blinded
 from afbs_compile.kernels.data_mask import DataMask, MaskedBlocks, blocked
 from afbs_compile.kernels.fused import fused
 from afbs_compile.kernels.geometry import Mask, site_tokens
@@ -74,7 +75,8 @@ def attention(
         data: The part of the mask that comes with the call.
 
     Returns:
-        `o` `[B, Hq, Lq, D]` in q's dtype. A row that sees nothing is 0, as SDPA's.
+        `o` `[B, Hq, Lq, D]` in q's dtype. A row that sees nothing is 0, as SDPA's, or what
+        `data.blind` says.
 
     Raises:
         ValueError: For an unknown selector or compensation, or a compensation with `data`.
@@ -88,8 +90,11 @@ def attention(
         o, lse, counts, indices = select_and_attend(
             q, k, v, policy, mask=mask, scale=scale, selector=selector, data=data
         )
-        return compensated(o, lse, q, k, v, counts, indices, policy, mask, scale) if tangent else o
-    return on_cpu(q, k, v, policy, mask, scale, selector, tangent, data)[0]
+        if tangent:
+            return compensated(o, lse, q, k, v, counts, indices, policy, mask, scale)
+    else:
+        o, _ = on_cpu(q, k, v, policy, mask, scale, selector, tangent, data)
+    return blinded(o, v, data, mask)
 
 
 def on_cpu(
@@ -300,9 +305,10 @@ def dense(
     if data is not None:
         tokens = data.tokens(0, q.shape[2])
         attn_mask = tokens if attn_mask is None else tokens & attn_mask
-    return torch.nn.functional.scaled_dot_product_attention(
+    o = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
+    return blinded(o, v, data, mask)
 
 
 def flops(

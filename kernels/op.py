@@ -6,6 +6,7 @@ models read it. Where a gradient is needed it calls `afbs::attention_train` of `
 which keeps what a backward reads.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -13,14 +14,16 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from afbs_compile.kernels import dispatch, train_op
-from afbs_compile.kernels.data_mask import gathered
+from afbs_compile.kernels.blind import ZERO
+from afbs_compile.kernels.data_mask import DataMask, gathered
 from afbs_compile.kernels.geometry import Mask
 
 LIBRARY: Any = torch.library.Library("afbs", "DEF")  # type: ignore[no-untyped-call]
 LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor policy, bool causal, SymInt offset, "
     "int window, float scale, str selector, int min_length, str compensation='none', "
-    "Tensor? keys=None, Tensor? q_segments=None, Tensor? k_segments=None, Tensor? elements=None"
+    "Tensor? keys=None, Tensor? q_segments=None, Tensor? k_segments=None, Tensor? elements=None, "
+    "str blind='zero'"
     ") -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -38,11 +41,11 @@ def attention(
     selector: str,
     min_length: int,
     compensation: str = "none",
-    *data: Tensor | None,
+    *data: Tensor | str | None,
 ) -> Tensor:
     """Real implementation; arguments as in `kernels.dispatch.attention`.
 
-    `data` are the parts of a mask that come with the call, as `data_mask.gathered` takes them.
+    `data` is as in `mask_of`.
 
     Raises:
         ValueError: Batches of q, k and v, or lengths of k and v, differ.
@@ -53,9 +56,21 @@ def attention(
     out = dispatch.attention(
         q, k, v, policy, mask=Mask(causal, offset, window),
         scale=scale, selector=selector, min_length=min_length, compensation=compensation,
-        data=gathered(data, (q.shape[2], k.shape[2])),
+        data=mask_of(data, (q.shape[2], k.shape[2])),
     )  # fmt: skip
     return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def mask_of(data: Sequence[Tensor | str | None], lengths: tuple[int, int]) -> DataMask | None:
+    """The mask that comes with a call.
+
+    Args:
+        data: The op's arguments after `compensation`: parts as `data_mask.gathered` takes them,
+            and what a blind row is. The dispatcher leaves trailing ones out that are defaults.
+        lengths: Lq and Lk.
+    """
+    parts = [x for x in data[:4] if not isinstance(x, str)]
+    return gathered(parts, lengths, str(data[4]) if len(data) > 4 else ZERO)
 
 
 def attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
@@ -88,7 +103,7 @@ def attention_autograd(
     selector: str,
     min_length: int,
     compensation: str = "none",
-    *data: Tensor | None,
+    *data: Tensor | str | None,
 ) -> Tensor:
     """Run what needs no gradient below autograd, everything else through the training op.
 
@@ -102,11 +117,11 @@ def attention_autograd(
             run = torch.ops.afbs.attention
             return cast(Tensor, run(q, k, v, policy, *site, min_length, compensation, *data))
     if q.shape[2] < min_length:
-        parts = gathered(data, (q.shape[2], k.shape[2]))
+        parts = mask_of(data, (q.shape[2], k.shape[2]))
         out = dispatch.dense(q, k, v, mask=Mask(causal, offset, window), scale=scale, data=parts)
         return out.transpose(1, 2).contiguous().transpose(1, 2)
     reason = dispatch.no_backward(q.device.type) or dispatch.no_compensated_backward(compensation)
-    if any(part is not None for part in data):
+    if any(isinstance(part, Tensor) for part in data):
         reason = dispatch.NO_MASKED_BACKWARD
     if reason is not None:
         raise RuntimeError(

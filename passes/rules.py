@@ -4,22 +4,23 @@ A boolean mask is always something: at worst it is taken as it is, element by el
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import SymInt, Tensor
 from torch.fx import GraphModule, Node
 
+from afbs_compile.kernels.blind import ZERO
 from afbs_compile.kernels.data_mask import gathered
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.passes import additive, data_masks, masks
 from afbs_compile.passes.data_masks import DataNodes, Split
 from afbs_compile.passes.masks import MaskProgram
 from afbs_compile.passes.rewrite import lengths
-from afbs_compile.passes.sites import Call, value
+from afbs_compile.passes.sites import UNKNOWN, Call, value
 
 MOST_NODES = 400  # of a mask's program that is run to check what it was taken for
-EMPTY_ROWS = "mask depends on data: softmax and SDPA differ in rows that see nothing"
+EMPTY_ROWS = "mask depends on data: what rows give that see nothing cannot be told"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class MaskRule:
         from_end: See `mask`.
         every_row: See `sites.Call`.
         data: The part that depends on data.
+        blind: What a row is that sees nothing because of `data`.
     """
 
     program: MaskProgram | None
@@ -39,6 +41,7 @@ class MaskRule:
     from_end: bool = False
     every_row: bool = False
     data: DataNodes = field(default_factory=DataNodes)
+    blind: str = ZERO
 
     @property
     def sizes(self) -> tuple[Node, ...]:
@@ -90,6 +93,8 @@ def recognise(around: Surroundings, call: Call) -> MaskRule | str:
     """The rule of a call's mask tensor, or a reason against it."""
     assert isinstance(call.attn_mask, Node)
     if value(call.attn_mask).is_floating_point():
+        if call.blind == UNKNOWN and around.depends(call.attn_mask):
+            return EMPTY_ROWS
         if call.attn_mask in around.unstable:
             return "additive float mask that is written in place"
         if around.depends(call.attn_mask):
@@ -105,7 +110,9 @@ def recognise(around: Surroundings, call: Call) -> MaskRule | str:
         if found == additive.BLIND:
             return found
         found = MaskRule(None, Mask(), data=DataNodes(elements=call.attn_mask))
-    return EMPTY_ROWS if found.data and call.every_row else found
+    if not found.data:
+        return found
+    return EMPTY_ROWS if call.blind == UNKNOWN else replace(found, blind=call.blind)
 
 
 def constant(around: Surroundings, call: Call, split: Split) -> MaskRule | str:
