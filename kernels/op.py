@@ -18,12 +18,13 @@ from afbs_compile.kernels.blind import ZERO
 from afbs_compile.kernels.data_mask import DataMask, gathered
 from afbs_compile.kernels.geometry import Mask
 
+BIAS = 13  # the place of a bias among the arguments after v
 LIBRARY: Any = torch.library.Library("afbs", "DEF")  # type: ignore[no-untyped-call]
 LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor policy, bool causal, SymInt offset, "
     "int window, float scale, str selector, int min_length, str compensation='none', "
     "Tensor? keys=None, Tensor? q_segments=None, Tensor? k_segments=None, Tensor? elements=None, "
-    "str blind='zero'"
+    "str blind='zero', Tensor? bias=None"
     ") -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -66,10 +67,12 @@ def mask_of(data: Sequence[Tensor | str | None], lengths: tuple[int, int]) -> Da
 
     Args:
         data: The op's arguments after `compensation`: parts as `data_mask.gathered` takes them,
-            and what a blind row is. The dispatcher leaves trailing ones out that are defaults.
+            and what a blind row is before the last of them. The dispatcher leaves trailing ones
+            out that are defaults.
         lengths: Lq and Lk.
     """
-    parts = [x for x in data[:4] if not isinstance(x, str)]
+    masks = [*data[:4], *(None,) * (4 - len(data)), *data[5:]]
+    parts = [x for x in masks if not isinstance(x, str)]
     return gathered(parts, lengths, str(data[4]) if len(data) > 4 else ZERO)
 
 
@@ -112,7 +115,8 @@ def attention_autograd(
             that depends on data, without a backward.
     """
     site = causal, offset, window, scale, selector
-    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+    tensors = (q, k, v, *(x for x in data if isinstance(x, Tensor)))
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         with torch._C._AutoDispatchBelowAutograd(), torch.no_grad():
             run = torch.ops.afbs.attention
             return cast(Tensor, run(q, k, v, policy, *site, min_length, compensation, *data))
@@ -132,9 +136,11 @@ def attention_autograd(
 
 
 def attention_autocast(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-    """As SDPA in an autocast region: q, k and v in its dtype, the policy as it is."""
+    """As SDPA in an autocast region: q, k, v and a bias in its dtype, the policy as it is."""
     device = q.device.type
     dtype = torch.get_autocast_dtype(device)
+    if len(rest) > BIAS and rest[BIAS] is not None:
+        rest = (*rest[:BIAS], rest[BIAS].to(dtype), *rest[BIAS + 1 :])
     with torch.autocast(device, enabled=False):
         return cast(Tensor, torch.ops.afbs.attention(*(x.to(dtype) for x in (q, k, v)), *rest))
 

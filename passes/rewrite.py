@@ -125,7 +125,8 @@ def data_nodes(site: Site, copies: dict[Node, Node]) -> tuple[Node | str | None,
     """The op's arguments for the part of the mask that depends on data."""
     if not site.data:
         return ()
-    return *(part and copies[part] for part in site.data), site.blind
+    *rest, bias = (part and copies[part] for part in site.data)
+    return (*rest, site.blind, bias) if bias else (*rest, site.blind)
 
 
 def offset_node(graph: Graph, site: Site, query: Node, key: Node) -> Node | int:

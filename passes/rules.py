@@ -1,6 +1,7 @@
 """What is the mask of a call? A site's mask, a part that depends on data, or a reason for neither.
 
-A boolean mask is always something: at worst it is taken as it is, element by element.
+A boolean mask is always something: at worst it is taken as it is, element by element. So is a
+float mask: what it adds to the scores is an operand of the call.
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -93,13 +94,7 @@ def recognise(around: Surroundings, call: Call) -> MaskRule | str:
     """The rule of a call's mask tensor, or a reason against it."""
     assert isinstance(call.attn_mask, Node)
     if value(call.attn_mask).is_floating_point():
-        if call.blind == UNKNOWN and around.depends(call.attn_mask):
-            return EMPTY_ROWS
-        if call.attn_mask in around.unstable:
-            return "additive float mask that is written in place"
-        if around.depends(call.attn_mask):
-            return "additive float mask: mask depends on an input tensor"
-        return constant(around, call, Split(DataNodes(), [call.attn_mask]))
+        return added(around, call)
     split = data_masks.split(call.attn_mask, around.depends, around.unstable)
     found: MaskRule | str | None = None
     if split.static or split.ordered:
@@ -113,6 +108,21 @@ def recognise(around: Surroundings, call: Call) -> MaskRule | str:
     if not found.data:
         return found
     return EMPTY_ROWS if call.blind == UNKNOWN else replace(found, blind=call.blind)
+
+
+def added(around: Surroundings, call: Call) -> MaskRule | str:
+    """The rule of a float mask: a site's mask if it is one for every size, else a bias.
+
+    A bias is read when the call is made, as SDPA would: it may hang on what it likes.
+    """
+    assert isinstance(call.attn_mask, Node)
+    if not around.depends(call.attn_mask) and call.attn_mask not in around.unstable:
+        found = constant(around, call, Split(DataNodes(), [call.attn_mask]))
+        if isinstance(found, MaskRule):
+            return found
+    if call.blind == UNKNOWN:
+        return EMPTY_ROWS
+    return MaskRule(None, Mask(), data=DataNodes(bias=call.attn_mask), blind=call.blind)
 
 
 def constant(around: Surroundings, call: Call, split: Split) -> MaskRule | str:
