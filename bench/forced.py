@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 import afbs_compile
 from afbs_compile import backend, calibrate, source
-from afbs_compile.kernels import dispatch, flex, fused, reference
+from afbs_compile.kernels import dispatch, flex, fused, pairs, reference
 from afbs_compile.kernels.data_mask import MaskedBlocks
 from afbs_compile.kernels.lists import to_keep
 from afbs_compile.options import Options
@@ -166,8 +166,12 @@ def oracle() -> Iterator[None]:
         data = masked.data if masked else None
         return reference.forward(*tensors, data=data, **settings)[0]
 
+    def biased(*tensors: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+        return reference.forward(*tensors, **settings)
+
     with (
         patch.object(flex, "forward", forward),
+        patch.object(pairs, "forward", biased),
         patch.object(dispatch, "fused_scores", lambda *_: None),
     ):
         yield

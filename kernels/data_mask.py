@@ -1,10 +1,12 @@
-"""What does a mask hide that comes with the call? Key padding, segments, single elements.
+"""What does a mask hide that comes with the call? Key padding, segments, elements, a bias.
 
 Query i of batch entry b and head h sees key j iff the site's own mask shows it, `keys[b, j]`,
-`q_segments[b, i] == k_segments[b, j]` and `elements[b, h, i, j]`; a part that is None hides
-nothing. B' and H' are B and H, or 1 where all entries have the same.
+`q_segments[b, i] == k_segments[b, j]`, `elements[b, h, i, j]` and `bias[b, h, i, j]` > −inf, which
+is added to the score; a part that is None hides nothing. B' and H' are B and H, or 1 where all
+entries have the same.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -12,9 +14,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from afbs_compile.kernels import bias
 from afbs_compile.kernels.geometry import Mask, site_tokens
 
-KINDS = ("key padding", "segments", "elements")  # the parts in words, in their order
+KINDS = ("key padding", "segments", "elements", "bias")  # the parts in words, in their order
 CHUNK_ELEMENTS = 1 << 24  # pairs looked at together; bounds memory at long lengths
 
 
@@ -27,12 +30,16 @@ class DataMask:
         q_segments: integer `[B', Lq]`; with `k_segments`, or both are None.
         k_segments: integer `[B', Lk]`.
         elements: bool `[B', H', Lq, Lk]`, any strides.
+        blind: What a row is that sees nothing; see `kernels.blind`.
+        bias: float `[B', H', Lq, Lk]`, any strides; see `kernels.bias`.
     """
 
     keys: Tensor | None = None
     q_segments: Tensor | None = None
     k_segments: Tensor | None = None
     elements: Tensor | None = None
+    blind: str = "zero"
+    bias: Tensor | None = None
 
     def tokens(self, first: int, last: int) -> Tensor:
         """Bool `[B', H', M, Lk]`, M = 1 if all queries see the same: what of `[first, last)`?"""
@@ -44,14 +51,44 @@ class DataMask:
             parts.append(rows == self.k_segments[:, None, None])
         if self.elements is not None:
             parts.append(self.elements[:, :, first:last])
+        if self.bias is not None:
+            parts.append(self.bias[:, :, first:last] > -math.inf)
         return reduce(torch.logical_and, parts)
 
     def seen_keys(self) -> Tensor | None:
         """Bool `[B', Lk]`: keys that some query may see; None if that is every key."""
-        if self.elements is None:
-            return self.keys
-        seen = self.elements.any(2).any(1)
-        return seen if self.keys is None else seen & self.keys
+        seen = self.keys
+        if self.elements is not None:
+            some = self.elements.any(2).any(1)
+            seen = some if seen is None else seen & some
+        if self.bias is not None and self.bias.stride(2) == 0:  # padding that is added
+            live = (self.bias[:, :, 0] > bias.HIDDEN).any(1)
+            live |= ~live.any(1, keepdim=True)
+            seen = live if seen is None else seen & live
+        return seen
+
+    def pairs(self, b: int, h: int, i: Tensor, j: Tensor) -> Tensor:
+        """Bool: of one head, what queries i may see of keys j, which broadcast together."""
+        found = torch.ones((), dtype=torch.bool, device=i.device)
+        if self.keys is not None:
+            found = found & entry(self.keys, b)[j]
+        if self.q_segments is not None and self.k_segments is not None:
+            found = found & (entry(self.q_segments, b)[i] == entry(self.k_segments, b)[j])
+        if self.elements is not None:
+            found = found & entry(entry(self.elements, b), h)[i, j]
+        if self.bias is not None:
+            found = found & (entry(entry(self.bias, b), h)[i, j] > -math.inf)
+        return found
+
+    def pairs_added(self, b: int, h: int, i: Tensor, j: Tensor) -> Tensor | None:
+        """What is added to the scores of pairs as in `pairs`, fp32; None for nothing."""
+        if self.bias is None:
+            return None
+        return entry(entry(self.bias, b), h)[i, j].float()
+
+    def rows_added(self, first: int, last: int) -> Tensor | None:
+        """What is added to the scores of queries `[first, last)`, fp32; None for nothing."""
+        return None if self.bias is None else self.bias[:, :, first:last].float()
 
     def part(self, queries: slice, keys: slice) -> "DataMask":
         """The mask of some queries and keys."""
@@ -60,12 +97,15 @@ class DataMask:
             q_segments=None if self.q_segments is None else self.q_segments[:, queries],
             k_segments=None if self.k_segments is None else self.k_segments[:, keys],
             elements=None if self.elements is None else self.elements[:, :, queries, keys],
+            blind=self.blind,
+            bias=None if self.bias is None else self.bias[:, :, queries, keys],
         )
 
     @property
     def kind(self) -> str:
         """Which parts there are, in words."""
-        found = zip(KINDS, (self.keys, self.k_segments, self.elements), strict=True)
+        parts = self.keys, self.k_segments, self.elements, self.bias
+        found = zip(KINDS, parts, strict=True)
         return " + ".join(name for name, part in found if part is not None)
 
 
@@ -80,29 +120,36 @@ class MaskedBlocks:
         start: int64 `[B', H', NQ]`, the token from which sinks are counted: the first one of the
             first visible block, since a padded or packed text does not begin at key 0. Under a
             window, which leaves the sink behind, 0.
+        level: fp32 like `some`, what a bias adds to the scores of blocks; None without one.
+        needed: bool like `some`, blocks that a bias forbids to drop; None without one.
     """
 
     data: DataMask
     some: Tensor
     every: Tensor
     start: Tensor
+    level: Tensor | None = None
+    needed: Tensor | None = None
 
 
-def gathered(parts: Sequence[Tensor | None], lengths: tuple[int, int]) -> DataMask | None:
+def gathered(
+    parts: Sequence[Tensor | None], lengths: tuple[int, int], blind: str = "zero"
+) -> DataMask | None:
     """The mask whose parts have the shapes in which graphs hold them; None without any part.
 
     Args:
-        parts: At most four, each of which may be None: keys, bool `[B', Lk]` or `[B', 1, 1, Lk]`;
+        parts: At most five, each of which may be None: keys, bool `[B', Lk]` or `[B', 1, 1, Lk]`;
             segments of queries `[B', Lq]` or `[B', 1, Lq, 1]`, and of keys; elements, bool,
-            whatever broadcasts to `[B, H, Lq, Lk]`.
+            whatever broadcasts to `[B, H, Lq, Lk]`; a bias, float, of such a shape.
         lengths: Lq and Lk.
+        blind: What a row is that sees nothing.
     """
     if all(part is None for part in parts):
         return None
     # the dispatcher leaves trailing arguments out that are None
-    keys, q_segments, k_segments, elements = [*parts, None, None, None, None][:4]
+    keys, q_segments, k_segments, elements, added = [*parts, *(None,) * 5][:5]
     if elements is not None:
-        elements = elements[(None,) * (4 - elements.dim())]
+        elements = wide(elements)
         if elements.shape[1] == elements.shape[2] == 1:  # every query of every head sees the same
             padding = elements[:, 0, 0].expand(-1, lengths[1])
             keys, elements = padding if keys is None else keys_of(keys) & padding, None
@@ -113,7 +160,19 @@ def gathered(parts: Sequence[Tensor | None], lengths: tuple[int, int]) -> DataMa
         None if q_segments is None else keys_of(q_segments),
         None if k_segments is None else keys_of(k_segments),
         elements,
+        blind,
+        None if added is None else wide(added).expand(-1, -1, *lengths),
     )
+
+
+def wide(x: Tensor) -> Tensor:
+    """A tensor of at most four axes with four."""
+    return x[(None,) * (4 - x.dim())]
+
+
+def entry(x: Tensor, n: int) -> Tensor:
+    """Entry n of the first axis, which may have one for all."""
+    return x[min(n, x.shape[0] - 1)]
 
 
 def keys_of(x: Tensor) -> Tensor:
@@ -141,10 +200,20 @@ def blocked(
     for first in range(0, length_q, rows):
         last = min(first + rows, length_q)
         i = torch.arange(first, last, device=device)
-        found.append(states(data.tokens(first, last) & site_tokens(mask, i, j), block_m, block_n))
-    some, every = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
+        seen = data.tokens(first, last) & site_tokens(mask, i, j)
+        extra: tuple[Tensor, ...] = ()
+        if data.bias is not None:
+            rows_of = data.bias[:, :, first:last]
+            seen = bias.counted(rows_of, seen)
+            blocks_k = -(-length_k // block_n)
+            extra = (
+                bias.levels(rows_of, seen, block_m, block_n),
+                bias.needed(bias.first_true(seen), blocks_k, block_m, block_n),
+            )
+        found.append((*states(seen, block_m, block_n), *extra))
+    some, every, *more = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
     start = some.to(torch.uint8).argmax(3) * (0 if mask.window else block_n)
-    return MaskedBlocks(data, some, every, start)
+    return MaskedBlocks(data, some, every, start, *more)
 
 
 def states(seen: Tensor, block_m: int, block_n: int) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,10 @@
 
 | device | selection | attention | blocks |
 |---|---|---|---|
-| CPU | compiled torch | compiled FlexAttention; `kernels.pairs` with gradients | 64 × 64 |
+| CPU | compiled torch | FlexAttention; `kernels.pairs` with gradients or a bias | 64 × 64 |
 | Hopper, Triton 3.6 to 3.8 | Triton | Gluon for half precision, head dim 64 or 128 | 128 × 64 |
 | other CUDA | Triton | Triton | 128 × 64 |
-Masks that depend on data run in Triton's attention everywhere.
+Masks that depend on data and biases run in Triton's attention everywhere.
 Calls shorter than `min_length` go to SDPA: there is nothing to win. The choice depends on sizes
 and device only, which the host knows: no synchronisation.
 """
@@ -13,12 +13,15 @@ and device only, which the host knows: no synchronisation.
 import logging
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from afbs_compile.kernels import compensation as tangents
 from afbs_compile.kernels import flex, pairs, selection
+from afbs_compile.kernels.bias import added
+from afbs_compile.kernels.blind import blinded
 from afbs_compile.kernels.data_mask import DataMask, MaskedBlocks, blocked
 from afbs_compile.kernels.fused import fused
 from afbs_compile.kernels.geometry import Mask, site_tokens
@@ -74,7 +77,8 @@ def attention(
         data: The part of the mask that comes with the call.
 
     Returns:
-        `o` `[B, Hq, Lq, D]` in q's dtype. A row that sees nothing is 0, as SDPA's.
+        `o` `[B, Hq, Lq, D]` in q's dtype. A row that sees nothing is 0, as SDPA's, or what
+        `data.blind` says.
 
     Raises:
         ValueError: For an unknown selector or compensation, or a compensation with `data`.
@@ -88,8 +92,11 @@ def attention(
         o, lse, counts, indices = select_and_attend(
             q, k, v, policy, mask=mask, scale=scale, selector=selector, data=data
         )
-        return compensated(o, lse, q, k, v, counts, indices, policy, mask, scale) if tangent else o
-    return on_cpu(q, k, v, policy, mask, scale, selector, tangent, data)[0]
+        if tangent:
+            return compensated(o, lse, q, k, v, counts, indices, policy, mask, scale)
+    else:
+        o, _ = on_cpu(q, k, v, policy, mask, scale, selector, tangent, data)
+    return blinded(o, v, data, mask)
 
 
 def on_cpu(
@@ -116,11 +123,11 @@ def on_cpu(
             q, k, v, counts, indices, policy,
             mask=mask, scale=scale, block_m=block_m, block_n=block_n,
         )  # fmt: skip
-    o = flex.forward(
-        q, k, v, counts, indices, policy,
-        mask=mask, scale=scale, block_m=block_m, block_n=block_n, beside=beside, masked=masked,
-    )  # fmt: skip
-    return o, counts
+    site: dict[str, Any] = {"mask": mask, "scale": scale, "block_m": block_m, "block_n": block_n}
+    lists = (counts, indices, policy)
+    if data is not None and data.bias is not None:  # Inductor gets a `score_mod` wrong that reads
+        return pairs.forward(q, k, v, *lists, data=data, **site)[0], counts
+    return flex.forward(q, k, v, *lists, beside=beside, masked=masked, **site), counts
 
 
 def select_and_attend(
@@ -146,7 +153,10 @@ def select_and_attend(
             q, k, policy, mask=mask, scale=scale, selector=selector,
             block_m=block_m, block_n=block_n, core=fused_scores(q, k, selector),
         )  # fmt: skip
-        o, lse = pairs.forward(q, k, v, counts, indices, policy, mask=mask, scale=scale, **blocks)
+        lists = counts, indices, policy
+        o, lse = pairs.forward(
+            q, k, v, *lists, mask=mask, scale=scale, block_m=block_m, block_n=block_n
+        )
         return o, lse, counts, indices
     from afbs_compile.kernels import triton_selection
 
@@ -278,7 +288,8 @@ def fused_scores(
     kind = (min(q.shape[0], 2), q.shape[1], k.shape[1], q.shape[3], selector)
     if masked is None:
         return fused(sub_scores, kind)
-    return fused(sub_scores, (*kind, *(n == 1 for n in masked.some.shape[:2])))
+    shared = (n == 1 for n in masked.some.shape[:2])
+    return fused(sub_scores, (*kind, *shared, masked.level is None))
 
 
 def dense(
@@ -300,9 +311,12 @@ def dense(
     if data is not None:
         tokens = data.tokens(0, q.shape[2])
         attn_mask = tokens if attn_mask is None else tokens & attn_mask
-    return torch.nn.functional.scaled_dot_product_attention(
+        if data.bias is not None:
+            attn_mask = added(attn_mask, data.bias, q)
+    o = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
+    return blinded(o, v, data, mask)
 
 
 def flops(

@@ -6,6 +6,7 @@ models read it. Where a gradient is needed it calls `afbs::attention_train` of `
 which keeps what a backward reads.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -13,14 +14,17 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from afbs_compile.kernels import dispatch, train_op
-from afbs_compile.kernels.data_mask import gathered
+from afbs_compile.kernels.blind import ZERO
+from afbs_compile.kernels.data_mask import DataMask, gathered
 from afbs_compile.kernels.geometry import Mask
 
+BIAS = 13  # the place of a bias among the arguments after v
 LIBRARY: Any = torch.library.Library("afbs", "DEF")  # type: ignore[no-untyped-call]
 LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor policy, bool causal, SymInt offset, "
     "int window, float scale, str selector, int min_length, str compensation='none', "
-    "Tensor? keys=None, Tensor? q_segments=None, Tensor? k_segments=None, Tensor? elements=None"
+    "Tensor? keys=None, Tensor? q_segments=None, Tensor? k_segments=None, Tensor? elements=None, "
+    "str blind='zero', Tensor? bias=None"
     ") -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -38,11 +42,11 @@ def attention(
     selector: str,
     min_length: int,
     compensation: str = "none",
-    *data: Tensor | None,
+    *data: Tensor | str | None,
 ) -> Tensor:
     """Real implementation; arguments as in `kernels.dispatch.attention`.
 
-    `data` are the parts of a mask that come with the call, as `data_mask.gathered` takes them.
+    `data` is as in `mask_of`.
 
     Raises:
         ValueError: Batches of q, k and v, or lengths of k and v, differ.
@@ -53,9 +57,23 @@ def attention(
     out = dispatch.attention(
         q, k, v, policy, mask=Mask(causal, offset, window),
         scale=scale, selector=selector, min_length=min_length, compensation=compensation,
-        data=gathered(data, (q.shape[2], k.shape[2])),
+        data=mask_of(data, (q.shape[2], k.shape[2])),
     )  # fmt: skip
     return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def mask_of(data: Sequence[Tensor | str | None], lengths: tuple[int, int]) -> DataMask | None:
+    """The mask that comes with a call.
+
+    Args:
+        data: The op's arguments after `compensation`: parts as `data_mask.gathered` takes them,
+            and what a blind row is before the last of them. The dispatcher leaves trailing ones
+            out that are defaults.
+        lengths: Lq and Lk.
+    """
+    masks = [*data[:4], *(None,) * (4 - len(data)), *data[5:]]
+    parts = [x for x in masks if not isinstance(x, str)]
+    return gathered(parts, lengths, str(data[4]) if len(data) > 4 else ZERO)
 
 
 def attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
@@ -88,7 +106,7 @@ def attention_autograd(
     selector: str,
     min_length: int,
     compensation: str = "none",
-    *data: Tensor | None,
+    *data: Tensor | str | None,
 ) -> Tensor:
     """Run what needs no gradient below autograd, everything else through the training op.
 
@@ -97,16 +115,17 @@ def attention_autograd(
             that depends on data, without a backward.
     """
     site = causal, offset, window, scale, selector
-    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+    tensors = (q, k, v, *(x for x in data if isinstance(x, Tensor)))
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         with torch._C._AutoDispatchBelowAutograd(), torch.no_grad():
             run = torch.ops.afbs.attention
             return cast(Tensor, run(q, k, v, policy, *site, min_length, compensation, *data))
     if q.shape[2] < min_length:
-        parts = gathered(data, (q.shape[2], k.shape[2]))
+        parts = mask_of(data, (q.shape[2], k.shape[2]))
         out = dispatch.dense(q, k, v, mask=Mask(causal, offset, window), scale=scale, data=parts)
         return out.transpose(1, 2).contiguous().transpose(1, 2)
     reason = dispatch.no_backward(q.device.type) or dispatch.no_compensated_backward(compensation)
-    if any(part is not None for part in data):
+    if any(isinstance(part, Tensor) for part in data):
         reason = dispatch.NO_MASKED_BACKWARD
     if reason is not None:
         raise RuntimeError(
@@ -117,9 +136,11 @@ def attention_autograd(
 
 
 def attention_autocast(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-    """As SDPA in an autocast region: q, k and v in its dtype, the policy as it is."""
+    """As SDPA in an autocast region: q, k, v and a bias in its dtype, the policy as it is."""
     device = q.device.type
     dtype = torch.get_autocast_dtype(device)
+    if len(rest) > BIAS and rest[BIAS] is not None:
+        rest = (*rest[:BIAS], rest[BIAS].to(dtype), *rest[BIAS + 1 :])
     with torch.autocast(device, enabled=False):
         return cast(Tensor, torch.ops.afbs.attention(*(x.to(dtype) for x in (q, k, v)), *rest))
 

@@ -1,4 +1,4 @@
-"""Attention over block lists with gradients, on a CPU: batched products of pairs of blocks.
+"""Attention over block lists with gradients or a bias, on a CPU: products of pairs of blocks.
 
 FlexAttention has no backward on a CPU and gives no lse there. Here the work is a list of pairs
 (query block, key block), some thousands at a time: S = scale·QKᵀ of each, softmax over the pairs
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from afbs_compile.kernels.data_mask import DataMask
 from afbs_compile.kernels.flex import limits
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.kernels.lists import to_keep
@@ -31,6 +32,7 @@ class Tile:
         v: The same.
         seen: Bool `[P, M, N]`.
         j: Key block of each pair, int64 `[P]`.
+        bias: fp32 `[P, M, N]`, added to the scores; None for nothing.
     """
 
     n: Tensor
@@ -39,10 +41,13 @@ class Tile:
     k: Tensor
     v: Tensor
     seen: Tensor
+    bias: Tensor | None = None
 
     def scores(self, scale: float) -> Tensor:
         """S `[P, M, N]`, −inf where not seen."""
-        return (self.q @ self.k.transpose(1, 2) * scale).masked_fill(~self.seen, -math.inf)
+        s = self.q @ self.k.transpose(1, 2) * scale
+        s = s if self.bias is None else s + self.bias
+        return s.masked_fill(~self.seen, -math.inf)
 
 
 def forward(
@@ -57,14 +62,16 @@ def forward(
     scale: float,
     block_m: int,
     block_n: int,
+    data: DataMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over block lists; arguments and results as in `kernels.reference.forward`."""
     o, lse = blocks_like(q, block_m), blocks_like(q[..., :1], block_m)[..., 0]
     lse.fill_(-math.inf)
-    for b, h, _, tile in tiles(q, k, v, counts, indices, policy, mask, block_m, block_n):
+    for b, h, _, tile in tiles(q, k, v, counts, indices, policy, mask, block_m, block_n, data):
         s = tile.scores(scale)
         rows = tile.n[:, None].expand(-1, block_m)
-        top = lse[b, h].clone().scatter_reduce(0, rows, s.amax(2), "amax").clamp(min=-1e30)
+        top = lse[b, h].clone().scatter_reduce(0, rows, s.amax(2), "amax")
+        top = top.masked_fill(top == -math.inf, 0)
         p = torch.exp(s - top[tile.n][..., None])
         total = torch.zeros_like(top).index_add(0, tile.n, p.sum(2))
         sums = torch.zeros_like(o[b, h]).index_add(0, tile.n, p @ tile.v)
@@ -118,6 +125,7 @@ def tiles(
     mask: Mask,
     block_m: int,
     block_n: int,
+    data: DataMask | None = None,
 ) -> Iterator[tuple[int, int, int, Tile]]:
     """The work: batch entry, query head, key/value head, and at most about `MOST_PAIRS` pairs."""
     qs, ks, vs = in_blocks(q, block_m), in_blocks(k, block_n), in_blocks(v, block_n)
@@ -132,9 +140,15 @@ def tiles(
             key = (j[:, None] * block_n + torch.arange(block_n))[:, None]
             seen = (key <= at + high[h]) & (key > at + low[h]) & (key < k.shape[2])
             seen &= (key > at + near[h]) | (key < sink[h])
+            seen &= at < q.shape[2]  # rows that fill the last block up must not read hidden keys
+            bias = None
+            if data is not None:
+                i, key = at.clamp(max=q.shape[2] - 1), key.clamp(max=k.shape[2] - 1)
+                seen &= data.pairs(b, h, i, key)
+                bias = data.pairs_added(b, h, i, key)
             nobody = ~seen.any(1)[..., None]
             kt, vt = (x[b, kv, j].float().masked_fill(nobody, 0) for x in (ks, vs))
-            yield b, h, kv, Tile(n, j, qs[b, h, n].float(), kt, vt, seen)
+            yield b, h, kv, Tile(n, j, qs[b, h, n].float(), kt, vt, seen, bias)
 
 
 def row_ranges(counts: Tensor) -> Iterator[range]:

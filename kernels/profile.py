@@ -97,7 +97,10 @@ def profile(
     visible = head_visible(mask, policy, qb, kb).expand(scores.shape)
     if masked is not None:
         visible = visible & masked.some
-    forced = (forced_blocks(mask, policy, qb, kb, block_n, masked) | gated) & visible
+    forced = forced_blocks(mask, policy, qb, kb, block_n, masked) | gated
+    if masked is not None and masked.needed is not None:
+        forced = forced | masked.needed
+    forced = forced & visible
     if rows is None:
         rows = torch.arange(len(qb), device=q.device)
     order, before = ranking(scores[:, :, rows], forced[:, :, rows], visible[:, :, rows])
@@ -164,7 +167,10 @@ def row_errors(
         tokens = data.tokens(int(i[0]), int(i[-1]) + 1)[..., : len(j)]
         seen = seen & torch.nn.functional.pad(tokens, (0, len(j) - tokens.shape[-1]))
     k, v = k[:, :, : len(j)], v[:, :, : len(j)]
-    weight, pv, gain, top = partials(q, k, v, seen, scale, block_n)
+    bias = None if data is None else data.rows_added(int(i[0]), int(i[-1]) + 1)
+    if bias is not None:
+        bias = torch.nn.functional.pad(bias[..., : len(j)], (0, max(0, len(j) - bias.shape[-1])))
+    weight, pv, gain, top = partials(q, k, v, seen, scale, block_n, bias)
     # row n of `kept` sums the n + 1 blocks that rank first: a product is faster than a cumsum
     rank = torch.argsort(order, dim=-1)[..., None, :reach]
     kept = rank <= torch.arange(reach, device=q.device)[:, None]
@@ -186,9 +192,17 @@ def row_errors(
 
 
 def partials(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, block_n: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    scale: float,
+    block_n: int,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What every key block contributes to the rows of one query block, in plain fp32.
+
+    `bias` `[B', H', M, Lk]` is added to the scores.
 
     Returns:
         Weight `[B, H, J, M]` and weighted values `[B, H, J, M, D]`, relative to each row's largest
@@ -199,7 +213,8 @@ def partials(
     kv_heads, reach = k.shape[1], k.shape[2] // block_n
     grouped = q.float().reshape(batch, kv_heads, -1, dim)
     s = (grouped @ k.transpose(-1, -2)).view(batch, heads, m, -1)
-    s = (s * scale).masked_fill_(~seen, -torch.inf)
+    s = s * scale if bias is None else s * scale + bias
+    s = s.masked_fill_(~seen, -torch.inf)
     top = s.amax(-1, keepdim=True).clamp(min=-1 / LEAST)
     s = s.sub_(top)
     s = s.view(batch, heads, m, reach, block_n).transpose(2, 3)

@@ -57,9 +57,16 @@ def forward(
         seen = token_visible(mask, policy, i, j) & kept[:, :, n, None]
         if data is not None:
             seen = seen & data.tokens(start, start + block_m)
-        scores = (rows @ kf.transpose(-1, -2) * scale).masked_fill(~seen, -math.inf)
+        scores = rows @ kf.transpose(-1, -2) * scale
+        bias = None if data is None else data.rows_added(start, start + block_m)
+        if bias is not None:
+            scores = scores + bias
+        scores = scores.masked_fill(~seen, -math.inf)
         lse = scores.logsumexp(-1)
-        p = torch.exp(scores - lse.clamp(min=-1e30)[..., None])
+        # a row may see nothing, or nothing but the lowest of numbers
+        top = scores.amax(-1, keepdim=True)
+        p = torch.exp(scores - top.masked_fill(top == -math.inf, 0))
+        p = p / p.sum(-1, keepdim=True).clamp(min=1e-30)
         # a key that no row of the block sees must not leak its NaN through 0 * NaN
         values = vf.masked_fill(~seen.any(2)[..., None], 0)
         outputs.append(p.masked_fill(~seen, 0) @ values)

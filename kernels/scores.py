@@ -108,11 +108,14 @@ def seen_keys(masked: MaskedBlocks | None) -> Tensor | None:
     return None if masked is None else masked.data.seen_keys()
 
 
-def shown_to(masked: MaskedBlocks, groups: tuple[int, int], rows: slice) -> tuple[Tensor, Tensor]:
-    """Visible blocks `[B', Hkv', G', NQ, NK]` of some query blocks, and where sinks begin."""
+def shown_to(
+    masked: MaskedBlocks, groups: tuple[int, int], rows: slice
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Visible blocks `[B', Hkv', G', NQ, NK]` of some query blocks, where sinks begin, levels."""
     heads = groups if masked.some.shape[1] > 1 else (1, 1)
     some, start = masked.some[:, :, rows], masked.start[:, :, rows, None]
-    return torch.unflatten(some, 1, heads), torch.unflatten(start, 1, heads)
+    level = None if masked.level is None else torch.unflatten(masked.level[:, :, rows], 1, heads)
+    return torch.unflatten(some, 1, heads), torch.unflatten(start, 1, heads), level
 
 
 def pooled_keys(
@@ -157,14 +160,17 @@ def sub_scores(
     sub_n: int,
     some: Tensor | None = None,
     start: Tensor | None = None,
+    level: Tensor | None = None,
 ) -> Tensor:
     """Scores `[B, Hkv, G, NQ, NK]` from what `pooled_queries` and `pooled_keys` return.
 
     `groups` is `(Hkv, G)`; `sub_m` and `sub_n` are sub-blocks in a query and in a key block;
-    `some` and `start` are from `shown_to`.
+    `some`, `start` and `level` are from `shown_to`.
     """
     x = torch.unflatten(qp, 1, groups) @ kp.transpose(-1, -2)[:, :, None] * scale + weight
     seen = (first <= high[:, None]) & (last >= low[:, None])
+    if level is not None:
+        x = x + repeated(level, sub_m, sub_n)
     edge = sink.view(*groups, 1, 1)
     if some is not None and start is not None:
         seen = seen & repeated(some, sub_m, sub_n)
@@ -217,7 +223,8 @@ def mean_scores(
     edge = sink_tokens(policy, block_n).view(k.shape[1], -1, 1, 1)
     seen = site_visible(mask, qs, ks) & ~gated_k[..., None, :]
     if masked is not None:
-        some, start = shown_to(masked, (k.shape[1], heads // k.shape[1]), slice(None))
+        some, start, level = shown_to(masked, (k.shape[1], heads // k.shape[1]), slice(None))
+        x = x if level is None else x + level
         seen, edge = seen & some, edge + start
     seen = seen & (ks.first >= edge)
     shape = (batch, heads, len(qs), len(ks))

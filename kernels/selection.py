@@ -59,7 +59,8 @@ def select(
     if masked is not None:
         visible = visible & masked.some
     forced = forced_blocks(mask, policy, qb, kb, block_n, masked) | gated
-    return from_keep(keep_blocks(scores, forced, visible, policy))
+    needed = None if masked is None else masked.needed
+    return from_keep(keep_blocks(scores, forced, visible, policy, needed))
 
 
 def forced_blocks(
@@ -84,9 +85,16 @@ def forced_blocks(
     return sink | near
 
 
-def keep_blocks(scores: Tensor, forced: Tensor, visible: Tensor, policy: Tensor) -> Tensor:
+def keep_blocks(
+    scores: Tensor,
+    forced: Tensor,
+    visible: Tensor,
+    policy: Tensor,
+    needed: Tensor | None = None,
+) -> Tensor:
     """The rule: bool `[B, H, NQ, NK]` from scores, forced and visible blocks.
 
+    `needed` blocks come on top, beyond a budget too: without them a row might be left with no key.
     A query block whose scores are not finite keeps everything it sees: it stays dense.
     """
     mode = policy[:, col.MODE][:, None, None]
@@ -98,6 +106,8 @@ def keep_blocks(scores: Tensor, forced: Tensor, visible: Tensor, policy: Tensor)
     taken = torch.where(limited, budget.best(order, visible, forced, policy), before < tau)
     top = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, taken)
     keep = (top | forced) & visible
+    if needed is not None:
+        keep |= needed & visible
     # a block row must not end empty while it sees something: its best block stands in
     best = torch.zeros_like(keep).scatter(-1, order[..., :1], True) & visible
     keep |= best & ~keep.any(-1, keepdim=True)

@@ -31,9 +31,18 @@ from afbs_compile.kernels.triton_common import (
     shared_memory_bytes,
     site_window,
 )
-from afbs_compile.kernels.triton_mask import MASK_STRIDES, Parts, data_seen
+from afbs_compile.kernels.triton_mask import (
+    BIAS_STRIDES,
+    MASK_STRIDES,
+    PRESENT,
+    Parts,
+    above_hidden,
+    bias_tile,
+    data_seen,
+)
 
 NO_WINDOW = tl.constexpr(UNLIMITED)
+LOG2_E = tl.constexpr(LOG2E)
 
 
 @triton.jit
@@ -42,6 +51,20 @@ def softmax_step(s, v, total, top, acc, scale_log2):
     top_new = tl.maximum(top, tl.max(s, 1) * scale_log2)
     p = tl.exp2(s * scale_log2 - top_new[:, None])
     shrink = tl.exp2(top - top_new)
+    total = total * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return total, top_new, acc
+
+
+@triton.jit
+def biased_step(x, v, total, top, acc):
+    """`softmax_step` of scores that are scaled and biased; the maximum is in natural units.
+
+    Differences are taken before anything is scaled to base 2.
+    """
+    top_new = tl.maximum(top, tl.max(x, 1))
+    p = tl.exp2(above_hidden(x - top_new[:, None]) * LOG2_E)
+    shrink = tl.exp2(above_hidden(top - top_new) * LOG2_E)
     total = total * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return total, top_new, acc
@@ -66,16 +89,19 @@ def load_rows(rows, d, D: tl.constexpr, D_PADDED: tl.constexpr):
         return tl.load(rows + d[None, :], mask=(d < D)[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, *MASK_STRIDES])
+@triton.jit(do_not_specialize=[*LENGTHS, *MASK_STRIDES, *BIAS_STRIDES])
 def forward_kernel(
-    Q, K, V, O, LSE, COUNTS, INDICES, POLICY, KEYS, Q_SEGMENTS, K_SEGMENTS, ELEMENTS, scale_log2,
+    Q, K, V, O, LSE, COUNTS, INDICES, POLICY, KEYS, Q_SEGMENTS, K_SEGMENTS, ELEMENTS, BIAS,
+    scale_log2,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl,
     stride_vb, stride_vh, stride_vl, stride_ob, stride_oh, stride_ol,
     heads, group, length_q, length_k, blocks_q, blocks_k, offset, window,
     stride_keys, stride_qs, stride_ks, stride_eb, stride_eh, stride_eq, stride_ek,
+    stride_bb, stride_bh, stride_bq, stride_bk,
     D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, CAUSAL: tl.constexpr,
     HAS_KEYS: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_ELEMENTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Output and lse of `TILE_M` queries of one head; all of them lie in one query block."""
     tiles = tl.cdiv(length_q, TILE_M)
@@ -117,7 +143,7 @@ def forward_kernel(
     count = tl.load(COUNTS + row)
     list_row = INDICES + row * blocks_k
     whole = tl.where(windowed | (window < NO_WINDOW), 0, count)
-    DATA: tl.constexpr = HAS_KEYS or HAS_SEGMENTS or HAS_ELEMENTS
+    DATA: tl.constexpr = HAS_KEYS or HAS_SEGMENTS or HAS_ELEMENTS or HAS_BIAS
     if DATA:
         whole = 0
     if whole > 0:
@@ -142,6 +168,11 @@ def forward_kernel(
                 stride_eb, stride_eh, stride_eq, stride_ek, b, h, i, n, i < length_q, wanted,
                 HAS_KEYS, HAS_SEGMENTS, HAS_ELEMENTS,
             )  # fmt: skip
+            if HAS_BIAS:
+                bias = bias_tile(
+                    BIAS, stride_bb, stride_bh, stride_bq, stride_bk, b, h, i, n, shown
+                )
+                shown &= bias > -float("inf")
             wanted &= tl.max(shown.to(tl.int32), 0) > 0
         kv_mask = wanted[:, None] & (d < D)[None, :]
         n_rows = n.to(tl.int64)[:, None]
@@ -150,13 +181,20 @@ def forward_kernel(
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         seen = (n[None, :] >= near[:, None]) | (n < sink)[None, :]
         seen &= (n[None, :] >= low[:, None]) & (n[None, :] <= high[:, None]) & shown
-        s = tl.where(seen, s, -float("inf"))
-        total, top, acc = softmax_step(s, v, total, top, acc, scale_log2)
+        if HAS_BIAS:
+            x = tl.where(seen, s * (scale_log2 * LN2) + bias, -float("inf"))
+            total, top, acc = biased_step(x, v, total, top, acc)
+        else:
+            s = tl.where(seen, s, -float("inf"))
+            total, top, acc = softmax_step(s, v, total, top, acc, scale_log2)
 
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     acc = acc / total[:, None]
-    lse = tl.where(empty, -float("inf"), (top + tl.log2(total)) * LN2)
+    if HAS_BIAS:
+        lse = tl.where(empty, -float("inf"), top + tl.log2(total) * LN2)
+    else:
+        lse = tl.where(empty, -float("inf"), (top + tl.log2(total)) * LN2)
     tl.store(LSE + (b * heads + h) * length_q + i, lse, mask=i < length_q)
     o_rows = O + b * stride_ob + h * stride_oh + i.to(tl.int64)[:, None] * stride_ol
     tl.store(o_rows + d[None, :], acc.to(O.dtype.element_ty), mask=q_mask)
@@ -246,13 +284,14 @@ def forward(
     parts = Parts.of(data, policy)
     with on_device(q):
         forward_kernel[(batch * heads * triton.cdiv(length_q, tile_m),)](
-            q, k, v, o, lse, counts, indices, policy, *parts.tensors, scale * LOG2E,
+            q, k, v, o, lse, counts, indices, policy, *parts.tensors, parts.bias,
+            scale * LOG2E,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
             heads, heads // k.shape[1], length_q, k.shape[2], *indices.shape[-2:],
-            mask.offset, site_window(mask), *parts.strides,
+            mask.offset, site_window(mask), *parts.strides, *parts.bias_strides,
             D=head_dim, D_PADDED=padded, BLOCK_M=block_m, BLOCK_N=block_n, TILE_M=tile_m,
-            TILE_N=tile_n, CAUSAL=mask.causal, HAS_KEYS=parts.present[0],
-            HAS_SEGMENTS=parts.present[1], HAS_ELEMENTS=parts.present[2],
+            TILE_N=tile_n, CAUSAL=mask.causal,
+            **dict(zip(PRESENT, parts.present, strict=True)), HAS_BIAS=parts.biased,
             num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
     return o.to(dtype), lse

@@ -33,6 +33,7 @@ from afbs_compile.kernels.triton_mask import Shown
 from afbs_compile.kernels.triton_pool import needs_scores, pool, pooled_width
 
 NO_WINDOW = tl.constexpr(UNLIMITED)
+LOG2_E = tl.constexpr(LOG2E)
 
 
 @triton.jit
@@ -96,12 +97,15 @@ def hide(
 
 @triton.jit
 def hide_data(
-    x, states, begin, weights, c, length_k, SIZE: tl.constexpr, N: tl.constexpr, GATE: tl.constexpr
-):
+    x, states, levels, begin, weights, c, length_k, SIZE: tl.constexpr, N: tl.constexpr,
+    GATE: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
     """`hide` for a data mask: hidden blocks, a row's own sink, keys that nobody sees."""
     inside = c * SIZE < length_k
     state = tl.load(states[:, None] + (c // N)[None, :], inside[None, :], 0)
     weight = tl.load(weights + c, inside, -float("inf"))[None, :]
+    if BIASED:
+        x += tl.load(levels[:, None] + (c // N)[None, :], inside[None, :], 0.0) * LOG2_E
     if not GATE:
         x += weight
     seen = (state > 0) & (c[None, :] >= begin[:, None]) & (weight > -float("inf"))
@@ -110,13 +114,14 @@ def hide_data(
 
 @triton.jit(do_not_specialize=[*LENGTHS, "rows_k", "stride_b", "stride_h", "stride_w"])
 def score_kernel(
-    Q_MEANS, K_MEANS, K_SIMILARITY, POLICY, SCORES, STATES, START, WEIGHTS, scale_log2,
+    Q_MEANS, K_MEANS, K_SIMILARITY, POLICY, SCORES, STATES, START, WEIGHTS, LEVELS,
+    scale_log2,
     heads, group, length_q, length_k, blocks_q, blocks_k, offset, window, rows_k,
     stride_b, stride_h, stride_w,
     D_PADDED: tl.constexpr, SIZE_M: tl.constexpr, SIZE_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     CAUSAL: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr, BOXED: tl.constexpr,
-    DATA: tl.constexpr,
+    DATA: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """Block scores of `ROWS` query sub-rows of one head; nothing for a head that needs none."""
     M: tl.constexpr = BLOCK_M // SIZE_M
@@ -152,12 +157,14 @@ def score_kernel(
         whole = start
     whole = tl.where(window < NO_WINDOW, start, whole)
     states = STATES + r
+    levels = LEVELS + r
     own_begin = r
     weights = WEIGHTS
     if DATA:
         whole = start
         at = bh // heads * stride_b + h * stride_h + tl.minimum(r // M, blocks_q - 1)
         states = STATES + at * blocks_k
+        levels = LEVELS + at * blocks_k
         own_begin = (tl.load(START + at) + tl.cdiv(sink, BLOCK_N)) * N
         weights = WEIGHTS + bh // heads * stride_w
 
@@ -176,7 +183,19 @@ def score_kernel(
                 x, low, high, similarity, theta, c + column, begin, length_k, SIZE_N, GATE, DATA
             )
         if DATA:
-            x = hide_data(x, states, own_begin, weights, c + column, length_k, SIZE_N, N, GATE)
+            x = hide_data(
+                x,
+                states,
+                levels,
+                own_begin,
+                weights,
+                c + column,
+                length_k,
+                SIZE_N,
+                N,
+                GATE,
+                BIASED,
+            )
         top_new = tl.maximum(top, tl.max(x, 1))
         total = total * tl.exp2(top - top_new) + tl.sum(tl.exp2(x - top_new[:, None]), 1)
         top = top_new
@@ -194,7 +213,19 @@ def score_kernel(
                 x, low, high, similarity, theta, c + column, begin, length_k, SIZE_N, GATE, DATA
             )
         if DATA:
-            x = hide_data(x, states, own_begin, weights, c + column, length_k, SIZE_N, N, GATE)
+            x = hide_data(
+                x,
+                states,
+                levels,
+                own_begin,
+                weights,
+                c + column,
+                length_k,
+                SIZE_N,
+                N,
+                GATE,
+                BIASED,
+            )
         w = fold(tl.exp2(x - shift), ROWS, COLS, M, N)
         j = c // N + block
         tl.store(out + j[None, :], w, mask=(i < blocks_q)[:, None] & (j < blocks_k)[None, :])
@@ -248,9 +279,10 @@ def block_scores(
     scores = torch.empty(batch, heads, blocks_q, blocks_k, dtype=torch.float32, device=q.device)
     boxed = itemsize == 2 and has_copy_engine(q.device)
     rows_k = pooled.k.shape[2]
+    levels = None if shown is None else shown.levels
     key = (
         score_kernel, q.device.index, q.dtype, q.shape, k.shape, mask, scale, selector, block_m,
-        block_n, aligned(policy), shown is not None,
+        block_n, aligned(policy), shown is not None, levels is not None,
     )  # fmt: skip
     data = (policy, policy, policy), (0, 0, 0)
     if shown is not None:
@@ -259,12 +291,13 @@ def block_scores(
     launch(
         score_kernel, key, q.device, batch * heads * -(-pooled.q.shape[2] // tile.rows),
         (pooled.q, Boxed(pooled.k.view(-1, padded), tile.cols) if boxed else pooled.k,
-         pooled.k_similarity, policy, scores, *data[0], scale * LOG2E, heads, group, length_q,
-         length_k, blocks_q, blocks_k, mask.offset, site_window(mask), rows_k, *data[1]),
+         pooled.k_similarity, policy, scores, *data[0], policy if levels is None else levels,
+         scale * LOG2E, heads, group, length_q, length_k, blocks_q, blocks_k, mask.offset,
+         site_window(mask), rows_k, *data[1]),
         D_PADDED=padded, SIZE_M=size_m, SIZE_N=size_n, BLOCK_M=block_m, BLOCK_N=block_n,
         ROWS=tile.rows, COLS=tile.cols, CAUSAL=mask.causal, GATE=gate,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", BOXED=boxed,
-        DATA=shown is not None,
+        DATA=shown is not None, BIASED=levels is not None,
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         enable_fp_fusion=True,
     )  # fmt: skip

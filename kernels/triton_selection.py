@@ -33,12 +33,15 @@ from afbs_compile.kernels.triton_common import (
     on_device,
     site_window,
 )
+from afbs_compile.kernels.triton_mask import NEEDED as MORE
 from afbs_compile.kernels.triton_mask import shown
 from afbs_compile.kernels.triton_scores import block_scores
 
 TWO_BITS = tl.constexpr(0x40000000)  # the float 2.0 as an integer: above every block score
 SPARE = tl.constexpr(0.5)  # of what may be missing; see `kept_bounds`
 UNIT = tl.constexpr(budget.UNIT)
+NEEDED = tl.constexpr(MORE)
+NEVER = tl.constexpr(256)  # above every state
 CHUNK = 512  # block scores that the single warp of a pick program holds at once, at most
 
 
@@ -142,13 +145,17 @@ def pick_kernel(
     fixed = seen - (end - start)  # what a budget cannot leave out
     if DATA:
         forced = 0
+        needed = 0
         seen = 0
         for c in range(lo, hi, CHUNK):
             j = c + tl.arange(0, CHUNK)
-            visible = tl.load(states + j, j < hi, 0) > 0
+            state = tl.load(states + j, j < hi, 0)
+            visible = state > 0
             seen += tl.sum(visible.to(tl.int32), 0)
             forced += tl.sum((visible & ((j < sink_end) | (j >= near))).to(tl.int32), 0)
+            needed += tl.sum((state >= NEEDED).to(tl.int32), 0)
         fixed = forced
+        forced += needed
     for c in range(start, end, CHUNK):
         j = c + tl.arange(0, CHUNK)
         s = tl.load(scores + j, j < end, 0.0)
@@ -184,7 +191,9 @@ def pick_kernel(
         if GATE:
             keep |= tl.load(similarity + j, j < blocks_k, 1.0) < theta
         if DATA:
-            keep &= tl.load(states + j, j < blocks_k, 0) > 0
+            state = tl.load(states + j, j < blocks_k, 0).to(tl.int32)
+            keep |= state >= tl.where(mode == SPARSE, NEEDED, NEVER)
+            keep &= state > 0
         keep = (keep & (j >= lo) & (j < hi)).to(tl.int32)
         before = kept + tl.cumsum(keep, 0) - keep
         # kept blocks fill the list from the front, the others from the back: all in [0, NK)

@@ -9,6 +9,7 @@ nothing but −inf, and gives a uniform row or NaN where SDPA with a boolean mas
 from torch import Tensor
 
 NEVER = -1e4  # the mildest value that models use for "masked"
+ABSORBING = -1e30  # a score that is added to it is lost in the rounding
 FLOAT = "additive float mask: it holds more than 0 and very negative values"
 BLIND = "the mask has rows that see nothing; what they give differs between softmax and SDPA"
 

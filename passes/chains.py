@@ -21,8 +21,8 @@ from afbs_compile.passes.operands import (
     tail,
     values,
 )  # fmt: skip
-from afbs_compile.passes.scores import Scores, Term, mask_of, read
-from afbs_compile.passes.sites import EVERY_ROW, same, value
+from afbs_compile.passes.scores import Scores, Term, blind_of, mask_of, read
+from afbs_compile.passes.sites import BLIND, same, value
 from afbs_compile.passes.spellings import (
     Product,
     dropout,
@@ -164,7 +164,7 @@ def replaced(chain: Chain, emit: Emitter) -> Form:
         torch._C._nn.scaled_dot_product_attention, q, k, v, mask, chain.dropout_p,
         scale=scores.scale * chain.qk.scale, **({"enable_gqa": True} if single else {}),
     )  # fmt: skip
-    sdpa.meta[EVERY_ROW] = True
+    sdpa.meta[BLIND] = blind_of(scores)
     new = laid_out(sdpa, order, out, emit)
     made = list(emit.made)
     pair = swap(out, new, made)

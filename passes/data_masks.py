@@ -38,6 +38,7 @@ class DataNodes(NamedTuple):
     q_segments: Node | None = None
     k_segments: Node | None = None
     elements: Node | None = None
+    bias: Node | None = None
 
     def __bool__(self) -> bool:
         """Is there any part?"""
@@ -46,7 +47,8 @@ class DataNodes(NamedTuple):
     @property
     def kind(self) -> str:
         """The parts in words."""
-        found = zip(KINDS, (self.keys, self.k_segments, self.elements), strict=True)
+        parts = self.keys, self.k_segments, self.elements, self.bias
+        found = zip(KINDS, parts, strict=True)
         return " + ".join(name for name, part in found if part is not None)
 
 

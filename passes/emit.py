@@ -32,12 +32,12 @@ class Emitter:
     at: Node
     made: list[Node] = field(default_factory=list)
 
-    def method(self, name: str, *args: Any) -> Node:
+    def method(self, name: str, *args: Any, **kwargs: Any) -> Node:
         """A method call; its first argument is the object."""
-        values = map_arg(args, recorded)
-        with fake_mode(values):
-            found = getattr(values[0], name)(*values[1:])
-        return self.add("call_method", name, args, {}, found)
+        values, named = map_arg((args, kwargs), recorded)
+        with fake_mode((values, named)):
+            found = getattr(values[0], name)(*values[1:], **named)
+        return self.add("call_method", name, args, kwargs, found)
 
     def function(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         """A function call."""

@@ -151,6 +151,7 @@ def gradient_refusal(tensors: Iterable[torch.Tensor], compensation: str = "none"
 def data_refusal(call: Call, compensation: str = "none") -> str | None:
     """Why a call cannot have a mask that depends on data."""
     tensors = [value(n) for n in (call.query, call.key, call.value)]
+    tensors += [value(n) for n in (call.attn_mask,) if isinstance(n, Node)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return f"needs gradients: {NO_MASKED_BACKWARD} (run under torch.no_grad)"
     return no_data_mask(compensation)

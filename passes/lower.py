@@ -7,15 +7,16 @@
 | matmul, softmax, matmul | `chains` |
 | a fused kernel of SDPA by its own name | `fused` |
 | SDPA on three axes | `views` |
+| SDPA with a float mask that is a boolean one | `disguise` |
 What SDPA stands for is kept until the call is accepted (`forms.Form`).
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch.fx import GraphModule, Node
 
-from afbs_compile.passes import chains, fused, modules, regions, views
+from afbs_compile.passes import chains, disguise, fused, modules, regions, views
 from afbs_compile.passes.copying import copy
 from afbs_compile.passes.forms import Form
 from afbs_compile.passes.spellings import is_softmax
@@ -26,6 +27,7 @@ PASSES: tuple[Callable[[GraphModule], Iterable[Form | tuple[Node, str]]], ...] =
     chains.lower,
     fused.lower,
     views.lower,
+    disguise.lower,
 )
 
 
@@ -62,13 +64,19 @@ class Lowered:
 def lower(gm: GraphModule) -> Lowered:
     """Turn a graph's attention into SDPA; the graph itself is not changed."""
     known = any(is_softmax(n) or modules.is_module(n) or fused.is_fused(n) for n in gm.graph.nodes)
-    if not known and not views.candidates(gm) and not regions.candidates(gm):
+    others = (views.candidates, regions.candidates, disguise.candidates)
+    if not known and not any(find(gm) for find in others):
         return Lowered(gm)
     result = Lowered(copy(gm)[0])
+    reasons: dict[Node, str | None] = {}
     for run in PASSES:
         for found in run(result.gm):
             if isinstance(found, Form):
-                result.forms.append(found)
+                # what stands for another form's call is refused with it
+                earlier = (reasons.get(old) for old, _ in found.swaps)
+                reason = next(filter(None, (found.reason, *earlier)), None)
+                reasons[found.sdpa] = reason
+                result.forms.append(replace(found, reason=reason))
             else:
                 result.refused[found[0]] = found[1]
     return result

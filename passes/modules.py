@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from afbs_compile.kernels.blind import NAN, ZERO
 from afbs_compile.passes.emit import Emitter
 from afbs_compile.passes.forms import Form, swap
-from afbs_compile.passes.sites import EVERY_ROW, SDPA
+from afbs_compile.passes.sites import BLIND, SDPA
 from afbs_compile.passes.spellings import argument
 from afbs_compile.passes.tape import inlined
 
@@ -60,14 +61,14 @@ def multi_head(node: Node, emit: Emitter) -> Form | tuple[Node, str]:
     if needed:  # then the hint is no more than a hint
         kwargs["is_causal"] = False
     out, _ = inlined(emit, MHA, args, kwargs)
-    old = parts[0]
-    return form(emit, "nn.MultiheadAttention", old, out, [node, *parts.values()], bool(needed))
+    old, blind = parts[0], NAN if needed else ZERO  # with weights it is written as softmax
+    return form(emit, "nn.MultiheadAttention", old, out, [node, *parts.values()], blind)
 
 
 def encoder(node: Node, emit: Emitter) -> Form:
     """`_transformer_encoder_layer_fwd`, written out; the site has the name it has in training."""
     out = inlined(emit, encoder_layer, node.args, dict(node.kwargs))
-    result = form(emit, "nn.TransformerEncoderLayer", node, out, [node], True)
+    result = form(emit, "nn.TransformerEncoderLayer", node, out, [node], NAN)
     if stack := node.meta.get("nn_module_stack"):
         layer, _ = next(reversed(stack.values()))
         inner = {"self_attn": (f"{layer}.self_attn", torch.nn.MultiheadAttention)}
@@ -75,12 +76,10 @@ def encoder(node: Node, emit: Emitter) -> Form:
     return result
 
 
-def form(
-    emit: Emitter, kind: str, old: Node, out: Node, inner: list[Node], every_row: bool
-) -> Form:
+def form(emit: Emitter, kind: str, old: Node, out: Node, inner: list[Node], blind: str) -> Form:
     """The one SDPA call among new nodes, and what it stands for."""
     (sdpa,) = [n for n in emit.made if n.op == "call_function" and n.target in SDPA]
-    sdpa.meta[EVERY_ROW] = every_row
+    sdpa.meta[BLIND] = blind
     made = list(emit.made)
     return Form(sdpa, kind, [swap(old, out, made)], made, inner)
 

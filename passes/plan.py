@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
+from afbs_compile.kernels.blind import ZERO
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.passes import gqa, guard, rules
 from afbs_compile.passes.data_masks import DataNodes
@@ -34,7 +35,7 @@ class Plan:
     rules: list[MaskRule]
 
 
-Recognised = dict[tuple[Node, bool], MaskRule | str]  # by mask and `every_row`
+Recognised = dict[tuple[Node, str], MaskRule | str]  # by mask and `blind`
 
 
 def plan(
@@ -81,7 +82,7 @@ def plan(
 
 def rules_in_use(sites: Sequence[Site], recognised: Recognised) -> list[MaskRule]:
     """The rules of some sites that hang on symbolic sizes."""
-    used = {(s.call.attn_mask, s.call.every_row) for s in sites}
+    used = {(s.call.attn_mask, s.call.blind) for s in sites}
     found = [r for key, r in recognised.items() if key in used and isinstance(r, MaskRule)]
     return [r for r in found if r.sizes]
 
@@ -100,7 +101,7 @@ def rule_of(around: Surroundings, call: Call, recognised: Recognised) -> MaskRul
     """The rule of a call's mask tensor, a reason against it, or None if it has no tensor."""
     if not isinstance(call.attn_mask, Node):
         return None
-    key = call.attn_mask, call.every_row
+    key = call.attn_mask, call.blind
     if key not in recognised:
         recognised[key] = rules.recognise(around, call)
     return recognised[key]
@@ -125,4 +126,5 @@ def site_of(call: Call, rule: MaskRule | None) -> Site:
         kv_heads=value(key).shape[1],
         head_dim=q.shape[3],
         data=rule.data if rule else DataNodes(),
+        blind=rule.blind if rule else ZERO,
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 import afbs_compile.kernels.op  # noqa: F401  registers the op
+from afbs_compile.kernels.blind import ZERO
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.passes.copying import copy
 from afbs_compile.passes.data_masks import DataNodes
@@ -33,6 +34,7 @@ class Site:
         kv_heads: Key/value heads.
         head_dim: Head dim.
         data: The part of the call's mask that depends on data.
+        blind: What a row is that sees nothing because of `data`, see `kernels.blind`.
     """
 
     call: Call
@@ -45,6 +47,7 @@ class Site:
     kv_heads: int
     head_dim: int
     data: DataNodes = field(default_factory=DataNodes)
+    blind: str = ZERO
 
     @property
     def name(self) -> str:
@@ -118,9 +121,12 @@ def replace(
     graph.erase_node(node)
 
 
-def data_nodes(site: Site, copies: dict[Node, Node]) -> tuple[Node | None, ...]:
+def data_nodes(site: Site, copies: dict[Node, Node]) -> tuple[Node | str | None, ...]:
     """The op's arguments for the part of the mask that depends on data."""
-    return tuple(part and copies[part] for part in site.data) if site.data else ()
+    if not site.data:
+        return ()
+    *rest, bias = (part and copies[part] for part in site.data)
+    return (*rest, site.blind, bias) if bias else (*rest, site.blind)
 
 
 def offset_node(graph: Graph, site: Site, query: Node, key: Node) -> Node | int:

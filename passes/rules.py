@@ -1,25 +1,27 @@
 """What is the mask of a call? A site's mask, a part that depends on data, or a reason for neither.
 
-A boolean mask is always something: at worst it is taken as it is, element by element.
+A boolean mask is always something: at worst it is taken as it is, element by element. So is a
+float mask: what it adds to the scores is an operand of the call.
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import SymInt, Tensor
 from torch.fx import GraphModule, Node
 
+from afbs_compile.kernels.blind import ZERO
 from afbs_compile.kernels.data_mask import gathered
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.passes import additive, data_masks, masks
 from afbs_compile.passes.data_masks import DataNodes, Split
 from afbs_compile.passes.masks import MaskProgram
 from afbs_compile.passes.rewrite import lengths
-from afbs_compile.passes.sites import Call, value
+from afbs_compile.passes.sites import UNKNOWN, Call, value
 
 MOST_NODES = 400  # of a mask's program that is run to check what it was taken for
-EMPTY_ROWS = "mask depends on data: softmax and SDPA differ in rows that see nothing"
+EMPTY_ROWS = "mask depends on data: what rows give that see nothing cannot be told"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,7 @@ class MaskRule:
         from_end: See `mask`.
         every_row: See `sites.Call`.
         data: The part that depends on data.
+        blind: What a row is that sees nothing because of `data`.
     """
 
     program: MaskProgram | None
@@ -39,6 +42,7 @@ class MaskRule:
     from_end: bool = False
     every_row: bool = False
     data: DataNodes = field(default_factory=DataNodes)
+    blind: str = ZERO
 
     @property
     def sizes(self) -> tuple[Node, ...]:
@@ -90,11 +94,7 @@ def recognise(around: Surroundings, call: Call) -> MaskRule | str:
     """The rule of a call's mask tensor, or a reason against it."""
     assert isinstance(call.attn_mask, Node)
     if value(call.attn_mask).is_floating_point():
-        if call.attn_mask in around.unstable:
-            return "additive float mask that is written in place"
-        if around.depends(call.attn_mask):
-            return "additive float mask: mask depends on an input tensor"
-        return constant(around, call, Split(DataNodes(), [call.attn_mask]))
+        return added(around, call)
     split = data_masks.split(call.attn_mask, around.depends, around.unstable)
     found: MaskRule | str | None = None
     if split.static or split.ordered:
@@ -105,7 +105,24 @@ def recognise(around: Surroundings, call: Call) -> MaskRule | str:
         if found == additive.BLIND:
             return found
         found = MaskRule(None, Mask(), data=DataNodes(elements=call.attn_mask))
-    return EMPTY_ROWS if found.data and call.every_row else found
+    if not found.data:
+        return found
+    return EMPTY_ROWS if call.blind == UNKNOWN else replace(found, blind=call.blind)
+
+
+def added(around: Surroundings, call: Call) -> MaskRule | str:
+    """The rule of a float mask: a site's mask if it is one for every size, else a bias.
+
+    A bias is read when the call is made, as SDPA would: it may hang on what it likes.
+    """
+    assert isinstance(call.attn_mask, Node)
+    if not around.depends(call.attn_mask) and call.attn_mask not in around.unstable:
+        found = constant(around, call, Split(DataNodes(), [call.attn_mask]))
+        if isinstance(found, MaskRule):
+            return found
+    if call.blind == UNKNOWN:
+        return EMPTY_ROWS
+    return MaskRule(None, Mask(), data=DataNodes(bias=call.attn_mask), blind=call.blind)
 
 
 def constant(around: Surroundings, call: Call, split: Split) -> MaskRule | str:

@@ -4,6 +4,7 @@ Each pattern takes a node and what was read so far, and returns the node below i
 the chain is more than attention, or None if it is not the pattern's.
 """
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,18 +14,21 @@ import torch
 from torch import SymFloat, SymInt, Tensor
 from torch.fx import Node
 
-from afbs_compile.passes.additive import NEVER
+from afbs_compile.kernels.blind import MEAN, NAN
+from afbs_compile.passes.additive import ABSORBING, NEVER
 from afbs_compile.passes.emit import Emitter
-from afbs_compile.passes.sites import recorded, same, value
+from afbs_compile.passes.sites import UNKNOWN, recorded, same, value
 from afbs_compile.passes.spellings import (
     CASTS,
     RESHAPES,
     argument,
     is_cast,
     is_tensor,
+    number,
     product,
     readers,
     spelling,
+    uninverted,
 )  # fmt: skip
 
 STEPS_BELOW = 12  # how far scores are followed
@@ -39,12 +43,14 @@ class Term:
         kind: `added`, `kept` or `hidden`.
         fill: What stands in the place of a hidden score: a node, or None for "never".
         factor: What the term was multiplied by before softmax.
+        never: A hidden score before softmax, if `fill` is None.
     """
 
     node: Node
     kind: str
     fill: Node | None = None
     factor: float = 1.0
+    never: float = -math.inf
 
 
 @dataclass(slots=True)
@@ -167,10 +173,11 @@ def filled(scores: Scores, seen: Any, below: Any, fill: Any, kind: str) -> Node 
     """Note that scores are replaced where a boolean tensor says so."""
     if not is_tensor(seen) or not is_tensor(below):
         return "scores are replaced by a rule that is no tensor"
-    if isinstance(fill, int | float):
-        if fill * scores.scale > NEVER:
-            return f"hidden scores become {fill}, which is not negative enough to hide them"
-        return scores.mask(Term(seen, kind)) or below
+    known = number(fill)
+    if known is not None:
+        if known * scores.scale > NEVER:
+            return f"hidden scores become {known}, which is not negative enough to hide them"
+        return scores.mask(Term(seen, kind, never=known * scores.scale)) or below
     if not is_tensor(fill):
         return "hidden scores become something that is known only at run time"
     return scores.mask(Term(seen, kind, fill, scores.scale)) or below
@@ -218,6 +225,22 @@ def mask_of(scores: Scores, emit: Emitter, dtype: Any) -> Node | None:
     return joined([addend(t, emit, dtype) for t in scores.terms], operator.add, emit)
 
 
+def blind_of(scores: Scores) -> str:
+    """What softmax gives in a row that sees nothing; see `kernels.blind`.
+
+    A score that was replaced is the same for all keys of such a row: their weights are equal.
+    Where masks are added as well, that holds for numbers next to which a score is lost.
+    """
+    fills = {t.never for t in scores.terms if t.kind != "added" and t.fill is None}
+    if any(t.kind != "added" and t.fill is not None for t in scores.terms):
+        return UNKNOWN
+    if fills <= {-math.inf}:
+        return NAN
+    if any(t.kind == "added" for t in scores.terms):
+        return NAN if max(fills) <= ABSORBING else UNKNOWN
+    return MEAN if len(fills) == 1 else UNKNOWN
+
+
 def joined(parts: list[Node], how: Callable[..., Any], emit: Emitter) -> Node:
     """The parts in one."""
     first, *rest = parts
@@ -228,14 +251,18 @@ def joined(parts: list[Node], how: Callable[..., Any], emit: Emitter) -> Node:
 
 def visible(term: Term, emit: Emitter) -> Node:
     """A boolean mask, True where a key is seen."""
-    return term.node if term.kind == "kept" else emit.function(operator.invert, term.node)
+    if term.kind == "kept":
+        return term.node
+    return uninverted(term.node) or emit.function(operator.invert, term.node)
 
 
 def addend(term: Term, emit: Emitter, dtype: Any) -> Node:
     """A mask as what is added to the scores."""
     node = term.node
     if term.kind != "added":
-        fill = float("-inf") if term.fill is None else term.fill
+        lowest = -math.inf if term.never == -math.inf else torch.finfo(torch.float32).min
+        lowest = max(lowest, torch.finfo(dtype).min) if lowest > -math.inf else lowest
+        fill = lowest if term.fill is None else term.fill
         node = emit.function(torch.where, visible(term, emit), 0.0, fill)
     if term.factor != 1.0:
         node = emit.function(operator.mul, node, term.factor)

@@ -13,6 +13,8 @@ from torch import SymInt
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from afbs_compile.kernels.blind import ZERO
+
 Argument = Node | float | bool | None
 
 SDPA = frozenset(
@@ -22,7 +24,8 @@ SDPA = frozenset(
         torch.ops.aten.scaled_dot_product_attention.default,
     }
 )
-EVERY_ROW = "afbs_every_row"  # in a node's meta: see `Call.every_row`
+BLIND = "afbs_blind"  # in a node's meta: see `Call.blind`
+UNKNOWN = "unknown"  # of `Call.blind`: no kernel can say it
 POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 DEFAULTS = {
     "attn_mask": None,
@@ -39,7 +42,8 @@ class Call:
 
     Attributes:
         name: The path.
-        every_row: The call was softmax once, which differs from SDPA in rows that see nothing.
+        blind: What a row is that sees nothing, see `kernels.blind`: the call may have been softmax
+            once, which differs from SDPA there.
     """
 
     node: Node
@@ -52,7 +56,12 @@ class Call:
     is_causal: Argument = False
     scale: Argument = None
     enable_gqa: Argument = False
-    every_row: bool = False
+    blind: str = ZERO
+
+    @property
+    def every_row(self) -> bool:
+        """Must every row see a key, for SDPA to be what the call stands for?"""
+        return self.blind != ZERO
 
 
 def find(gm: GraphModule, others: Container[Node] = ()) -> list[Call]:
@@ -86,7 +95,7 @@ def normalise(node: Node, name: str) -> Call:
     arguments: dict[str, Any] = (
         DEFAULTS | dict(zip(POSITIONAL, node.args, strict=False)) | dict(node.kwargs)
     )
-    return Call(node=node, name=name, every_row=node.meta.get(EVERY_ROW, False), **arguments)
+    return Call(node=node, name=name, blind=node.meta.get(BLIND, ZERO), **arguments)
 
 
 def module_path(node: Node) -> str:

@@ -7,6 +7,7 @@ import string
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -55,6 +56,24 @@ def spelling(node: Node) -> str:
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     """An argument by place or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def number(x: Any) -> float | None:
+    """The number that an argument is: itself, or a constant tensor of no axes."""
+    if isinstance(x, int | float):
+        return float(x)
+    if not isinstance(x, Node) or x.op != "call_function":
+        return None
+    if x.target is torch.tensor and len(x.args) == 1 and isinstance(x.args[0], int | float):
+        return rounded(float(x.args[0]), x)
+    if x.target is torch.full and isinstance(x.args[1], int | float) and value(x).dim() == 0:
+        return rounded(float(x.args[1]), x)
+    return None
+
+
+def rounded(x: float, node: Node) -> float:
+    """A number in the dtype of a node."""
+    return float(torch.tensor(x, dtype=torch.float64).to(value(node).dtype))
 
 
 def is_tensor(x: Any) -> bool:
@@ -124,6 +143,14 @@ def is_cast(node: Node) -> bool:
     before, after = value(node.args[0]), value(node)  # type: ignore[arg-type]
     floats = before.is_floating_point() and after.is_floating_point()
     return floats and same(before.shape, after.shape) and before.device == after.device
+
+
+def uninverted(node: Node) -> Node | None:
+    """`x` if the node is "not x" of a boolean tensor."""
+    if spelling(node) not in ("invert", "logical_not", "bitwise_not", "__invert__"):
+        return None
+    x = node.args[0]
+    return x if is_tensor(x) and value(x).dtype == torch.bool else None  # type: ignore[arg-type, return-value]
 
 
 def readers(node: Node) -> list[Node]:

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from afbs_compile.passes.emit import Emitter
 from afbs_compile.passes.forms import Form, swap
-from afbs_compile.passes.sites import EVERY_ROW, Call, find, same, value
+from afbs_compile.passes.sites import BLIND, Call, find, same, value
 from afbs_compile.passes.spellings import RESHAPES, is_tensor, spelling
 
 
@@ -38,7 +38,7 @@ def lower(gm: GraphModule) -> Iterator[Form]:
             torch._C._nn.scaled_dot_product_attention, q, k, v, mask, call.dropout_p,
             call.is_causal, scale=call.scale,
         )  # fmt: skip
-        sdpa.meta[EVERY_ROW] = call.every_row
+        sdpa.meta[BLIND] = call.blind
         new = emit.method("flatten", sdpa, 0, 1) if split else emit.method("squeeze", sdpa, 1)
         made = list(emit.made)
         yield Form(sdpa, "3-D", [swap(call.node, new, made)], made, [call.node])

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from afbs_compile.kernels.geometry import Mask, token_visible
 from afbs_compile.kernels.lists import to_keep
 
+LOWEST = torch.finfo(torch.float32).min
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -116,6 +118,34 @@ def data_masks(draw, problem, kinds=("right", "left", "holes", "segments", "pack
     return parts
 
 
+@st.composite
+def biases(draw, problem, kinds=("relative", "alibi", "hidden", "lowest", "padding", "random")):
+    """Additive masks of all broadcast shapes and strides, with rows that see nothing."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    (batch, heads, length_q, _), length_k = problem.q.shape, problem.k.shape[2]
+    b, h = draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, heads]))
+    i, j = torch.arange(length_q)[:, None], torch.arange(length_k)
+    kind = draw(st.sampled_from(kinds))
+    if kind == "padding":
+        ends = torch.randint(0, length_k + 1, (b, 1, 1, 1), generator=generator)
+        return torch.where(j < ends, 0.0, draw(st.sampled_from([-torch.inf, LOWEST, -1e4])))
+    slopes = torch.rand(1, h, 1, 1, generator=generator)
+    if kind == "alibi":
+        return -(i - j).abs() * slopes
+    table = 3 * torch.randn(h, 32, generator=generator)
+    bias = table[:, ((j - i).abs() // 3).clamp(max=31)].expand(b, -1, -1, -1)
+    if kind == "relative":
+        return bias
+    if kind == "random":  # strides that are not in order
+        return torch.randn(h, length_k, b, length_q, generator=generator).permute(2, 0, 3, 1)
+    low = LOWEST if kind == "lowest" else -torch.inf
+    bias = bias.masked_fill(torch.rand(length_q, length_k, generator=generator) < 0.5, low)
+    bias[:, :, : length_q // 3, length_k // 3 :] = low
+    bias[:, :, length_q // 2 :, : length_k // 2] = low
+    bias[:, :, draw(st.integers(0, length_q - 1))] = low
+    return bias
+
+
 def hidden_dense(problem, parts):
     """SDPA under the site's mask and the parts of another, each from its definition."""
     keys, q_segments, k_segments, elements = parts
@@ -138,6 +168,11 @@ def hidden_dense(problem, parts):
 @pytest.fixture(name="data_masks", scope="session")
 def data_masks_strategy():
     return data_masks
+
+
+@pytest.fixture(name="biases", scope="session")
+def biases_strategy():
+    return biases
 
 
 @pytest.fixture(name="hidden_dense", scope="session")
