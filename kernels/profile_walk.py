@@ -107,7 +107,7 @@ def tiling(call: Call, levels: int) -> Tiling:
     them, o* and PV 32 each. fp32 runs on the FMA units, whose operands are there too.
     """
     width, size = call.width, call.q.element_size()
-    elements = 4096 if size == 4 else 8192 if levels else 16384
+    elements = 4096 if size == 4 else 8192 if levels > 1 else 16384
     rows = max(16, min(call.block_m, elements // width))
     room = shared_memory_bytes(call.q.device) - rows * width * size
     keys = max(16, min(call.block_n, 64 if size < 4 else 4096 // width))

@@ -17,6 +17,7 @@ from afbs_compile.kernels.triton_common import LENGTHS, end_block, first_block
 
 SIZES = [*LENGTHS, "rows", "programs"]
 LEAST = tl.constexpr(1e-30)  # as in `kernels.profile`
+TINY = tl.constexpr(1e-37)  # its inverse is finite
 
 
 @triton.jit
@@ -36,13 +37,12 @@ def spans(
 
 
 @triton.jit
-def scores(q, k, n, low, high, scale_log2, WINDOWED: tl.constexpr):
-    """Scores of a tile in log2 units, −inf where a row does not see a key."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+def seen_keys(n, low, high, WINDOWED: tl.constexpr):
+    """Which of the keys n each row sees."""
     seen = n[None, :] <= high[:, None]
     if WINDOWED:
         seen &= n[None, :] >= low[:, None]
-    return tl.where(seen, s, -float("inf"))
+    return seen
 
 
 @triton.jit
@@ -97,7 +97,8 @@ def dense_kernel(
     for t in range(begin * PARTS, end * PARTS):
         n = t * TILE_N + tl.arange(0, TILE_N)
         k = load_keys(k_head, n, stride_kl, last, D, D_PADDED)
-        s = scores(q, k, n, low, high, scale_log2, WINDOWED)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        s = tl.where(seen_keys(n, low, high, WINDOWED), s, -float("inf"))
         top = tl.maximum(top, tl.max(s, 1))
 
     total = tl.zeros([TILE_M], tl.float32)
@@ -110,7 +111,8 @@ def dense_kernel(
             n = j * BLOCK_N + part * TILE_N + tl.arange(0, TILE_N)
             k = load_keys(k_head, n, stride_kl, last, D, D_PADDED)
             v = load_keys(v_head, n, stride_vl, last, D, D_PADDED)
-            s = scores(q, k, n, low, high, scale_log2, WINDOWED) - top[:, None]
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - top[:, None]
+            s = tl.where(seen_keys(n, low, high, WINDOWED), s, -float("inf"))
             near = tl.maximum(near, tl.max(tl.max(s, 1), 0))
             p = tl.exp2(s)
             total += tl.sum(p, 1)
@@ -122,12 +124,22 @@ def dense_kernel(
 
 
 @triton.jit
-def take(sums, total, live, pv, mass, exact):
-    """Add a block to the sums of a level if it is live; then each row's distance to `exact`."""
-    sums += pv * live
-    total += mass * live
-    inverse = 1.0 / tl.maximum(total, LEAST)
-    return sums, total, tl.sum(tl.abs(sums * inverse[:, None] - exact), 1)
+def take(rest, total, live, change, mass):
+    """Take a block into the sums of a level if it is live; then |o − o*| of every element.
+
+    `change` is the block's own output less o*, `mass` the sum of its weights. `rest` sums the one
+    times the other, `total` the weights: o − o* is their ratio.
+    """
+    mass *= live
+    rest += change * mass[:, None]
+    total += mass
+    return rest, total, tl.abs(rest) * (1.0 / total)[:, None]
+
+
+@triton.jit
+def added_up(x, PARTS: tl.constexpr):
+    """Sum of each of the `PARTS` parts of `[M, D, ...]`, with one exchange between warps."""
+    return tl.sum(tl.reshape(x, [x.numel // PARTS, PARTS]), 0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -172,21 +184,22 @@ def walk_kernel(
     level = LEVELS + g * LEVELS_HELD
     step = programs * rows * TILES * (blocks_k + 1)  # from a level to the next
     out = ERROR + g * LEVELS_HELD * step + ((bh * rows + r) * TILES + tile) * (blocks_k + 1)
-    z4 = tl.arange(0, 2)[:, None] + 2 * tl.arange(0, 2)[None, :]
-    norm = tl.sum(tl.sum(tl.abs(exact), 1), 0)
+    norm = tl.sum(tl.abs(exact))
     for z in tl.static_range(LEVELS_HELD):
         tl.store(out + z * step, norm)
+    out += tl.arange(0, LEVELS_HELD) * step + 1
 
+    # of no weight at all o is 0: a trace of −o* stands for that, and vanishes beside any key
+    rest0 = exact * -LEAST
+    total0 = tl.full([TILE_M], LEAST, tl.float32)
     zero = tl.load(level)
-    sums0 = tl.zeros([TILE_M, D_PADDED], tl.float32)
-    total0 = tl.zeros([TILE_M], tl.float32)
     if LEVELS_HELD > 1:
         one = tl.load(level + 1)
-        sums1, total1 = sums0, total0
+        rest1, total1 = rest0, total0
     if LEVELS_HELD > 2:
         two = tl.load(level + 2)
         three = tl.load(level + 3)
-        sums2, total2, sums3, total3 = sums0, total0, sums0, total0
+        rest2, total2, rest3, total3 = rest0, total0, rest0, total0
     for t in range(0, count):
         j = tl.load(order_row + t)
         gain = tl.load(gain_row + j)
@@ -196,24 +209,22 @@ def walk_kernel(
             n = j * BLOCK_N + part * TILE_N + tl.arange(0, TILE_N)
             k = load_keys(k_head, n, stride_kl, last, D, D_PADDED)
             v = load_keys(v_head, n, stride_vl, last, D, D_PADDED)
-            s = scores(q, k, n, low, high, scale_log2, WINDOWED)
-            p = tl.exp2(s - top[:, None])
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - top[:, None]
+            p = tl.exp2(tl.where(seen_keys(n, low, high, WINDOWED), s, -float("inf")))
             mass += tl.sum(p, 1)
             pv = add_values(p, v, pv)
+        change = pv * (1.0 / tl.maximum(mass, TINY))[:, None] - exact
         live = (gain >= zero).to(tl.float32)
-        sums0, total0, e0 = take(sums0, total0, live, pv, mass, exact)
-        if LEVELS_HELD == 1:
-            tl.store(out + t + 1, tl.sum(e0, 0))
+        rest0, total0, e = take(rest0, total0, live, change, mass)
         if LEVELS_HELD > 1:
             live = (gain >= one).to(tl.float32)
-            sums1, total1, e1 = take(sums1, total1, live, pv, mass, exact)
-            e01 = tl.join(e0, e1)
+            rest1, total1, e1 = take(rest1, total1, live, change, mass)
         if LEVELS_HELD == 2:
-            tl.store(out + tl.arange(0, 2) * step + t + 1, tl.sum(e01, 0))
+            e = tl.join(e, e1)
         if LEVELS_HELD > 2:
             live = (gain >= two).to(tl.float32)
-            sums2, total2, e2 = take(sums2, total2, live, pv, mass, exact)
+            rest2, total2, e2 = take(rest2, total2, live, change, mass)
             live = (gain >= three).to(tl.float32)
-            sums3, total3, e3 = take(sums3, total3, live, pv, mass, exact)
-            e = tl.join(e01, tl.join(e2, e3))
-            tl.store(out + z4 * step + t + 1, tl.sum(e, 0))
+            rest3, total3, e3 = take(rest3, total3, live, change, mass)
+            e = tl.join(tl.join(e, e2), tl.join(e1, e3))
+        tl.store(out + t, added_up(e, LEVELS_HELD))
