@@ -23,7 +23,7 @@ from torch import Tensor
 
 from afbs_compile.kernels import policy_columns as col
 from afbs_compile.kernels.compensation import contributions, known
-from afbs_compile.kernels.data_mask import DataMask, blocked
+from afbs_compile.kernels.data_mask import DataMask, MaskedBlocks, blocked
 from afbs_compile.kernels.geometry import Blocks, Mask, head_full, head_visible, token_visible
 from afbs_compile.kernels.scores import block_scores
 from afbs_compile.kernels.selection import forced_blocks
@@ -181,12 +181,17 @@ def ranked_rows(
         q, k, policy, mask=mask, scale=scale, selector=selector, block_m=block_m, block_n=block_n,
         masked=masked,
     )  # fmt: skip
-    qb, kb = Blocks.of(q.shape[2], block_m, q.device), Blocks.of(k.shape[2], block_n, q.device)
+    scores, gated = scores[:, :, rows], gated[:, :, rows]
+    if masked is not None:
+        shown = (x[:, :, rows] for x in (masked.some, masked.every, masked.start))
+        masked = MaskedBlocks(masked.data, *shown)
+    first = rows * block_m
+    qb = Blocks(first, (first + (block_m - 1)).clamp(max=q.shape[2] - 1))
+    kb = Blocks.of(k.shape[2], block_n, q.device)
     visible = head_visible(mask, policy, qb, kb).expand(scores.shape)
     if masked is not None:
         visible = visible & masked.some
     forced = (forced_blocks(mask, policy, qb, kb, block_n, masked) | gated) & visible
-    scores, forced, visible = (x[:, :, rows] for x in (scores, forced, visible))
     order, before = ranking(scores, forced, visible)
     return order, before, forced.sum(-1, dtype=torch.int32), visible.sum(-1)
 

@@ -113,7 +113,8 @@ def tiling(call: Call, levels: int) -> Tiling:
     keys = max(16, min(call.block_n, 64 if size < 4 else 4096 // width))
     while keys > 16 and 4 * keys * width * size > room:
         keys //= 2
-    return Tiling(rows, keys, 8, max(1, min(3, room // (3 * keys * width * size))))
+    stages = 1 if size * width > 512 else max(1, min(3, room // (3 * keys * width * size)))
+    return Tiling(rows, keys, 8, stages)
 
 
 def arguments(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -135,7 +136,7 @@ def dense(call: Call) -> Dense:
     """The dense pass over the profiled rows; costs one and a half of theirs."""
     tile = tiling(call, 0)
     tiles, shape = call.block_m // tile.rows, call.rowed
-    made = {"dtype": torch.float32, "device": call.q.device}
+    made: dict[str, Any] = {"dtype": torch.float32, "device": call.q.device}
     top = torch.empty(*shape, call.block_m, **made)
     o = torch.empty(*shape, call.block_m, call.width, **made)
     near = torch.full((*shape, tiles, call.blocks_k), -math.inf, **made)
@@ -229,4 +230,6 @@ def tables(
     counted = (ranked >= levels.flatten()[:, None, None, None, None]).cumsum(-1, dtype=torch.int32)
     counted = torch.nn.functional.pad(counted, (1, 0))
     computed = counted.gather(-1, kept.expand(counted.shape))
-    return errors[places], computed[places], known.o.abs().sum((3, 4))
+    if places != list(range(len(groups) * len(groups[0]))):
+        errors, computed = errors[places], computed[places]
+    return errors, computed, known.o.abs().sum((3, 4))
