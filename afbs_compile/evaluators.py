@@ -175,7 +175,10 @@ def profiled(
 def as_numpy(tables: Profile) -> dict[str, np.ndarray]:
     """The tables of a profile on the host."""
     names = ("rows", "error", "computed", "before", "norm", "forced", "visible")
-    return {name: getattr(tables, name).cpu().numpy() for name in names}
+    found = {name: getattr(tables, name) for name in names}
+    if tables.error.shape[-1] < 1 << 15:  # half as much to copy and to keep
+        found["computed"] = tables.computed.to(torch.int16)
+    return {name: table.cpu().numpy() for name, table in found.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,6 +131,13 @@ class MaskedBlocks:
     level: Tensor | None = None
     needed: Tensor | None = None
 
+    def of_rows(self, rows: Tensor) -> "MaskedBlocks":
+        """Of some query blocks alone."""
+        level = None if self.level is None else self.level[:, :, rows]
+        needed = None if self.needed is None else self.needed[:, :, rows]
+        some, every, start = (x[:, :, rows] for x in (self.some, self.every, self.start))
+        return MaskedBlocks(self.data, some, every, start, level, needed)
+
 
 def gathered(
     parts: Sequence[Tensor | None], lengths: tuple[int, int], blind: str = "zero"

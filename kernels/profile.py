@@ -13,20 +13,26 @@ With compensation the tangents of blocks that are not kept stand in the same sum
 leaves out is kept, and has none.
 """
 
+import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from afbs_compile.kernels import policy_columns as col
 from afbs_compile.kernels.compensation import contributions, known
 from afbs_compile.kernels.data_mask import DataMask, blocked
 from afbs_compile.kernels.geometry import Blocks, Mask, head_full, head_visible, token_visible
 from afbs_compile.kernels.scores import block_scores
 from afbs_compile.kernels.selection import forced_blocks
 
+LOGGER = logging.getLogger(__name__)
 OFF = (-math.inf,)
+ASKED = "AFBS_PROFILE_KERNELS"
+MOST_DIM = 256
 LEAST = 1e-30  # a sum of weights that a division survives
 
 
@@ -88,22 +94,17 @@ def profile(
         data: The part of the mask that comes with the call; without a compensation.
     """
     tangent = known(compensation) == "tangent"
-    masked = blocked(data, mask, q.shape[2], k.shape[2], block_m=block_m, block_n=block_n)
-    scores, gated = block_scores(
-        q, k, policy, mask=mask, scale=scale, selector=selector, block_m=block_m, block_n=block_n,
-        masked=masked,
-    )  # fmt: skip
-    qb, kb = Blocks.of(q.shape[2], block_m, q.device), Blocks.of(k.shape[2], block_n, q.device)
-    visible = head_visible(mask, policy, qb, kb).expand(scores.shape)
-    if masked is not None:
-        visible = visible & masked.some
-    forced = forced_blocks(mask, policy, qb, kb, block_n, masked) | gated
-    if masked is not None and masked.needed is not None:
-        forced = forced | masked.needed
-    forced = forced & visible
     if rows is None:
-        rows = torch.arange(len(qb), device=q.device)
-    order, before = ranking(scores[:, :, rows], forced[:, :, rows], visible[:, :, rows])
+        rows = torch.arange(-(-q.shape[2] // block_m), device=q.device)
+    reason = no_kernel(q, k, policy, compensation=compensation, data=data)
+    if reason is None:
+        return by_kernels(q, k, v, policy, rows, lambdas, mask=mask, scale=scale,
+                          selector=selector, block_m=block_m, block_n=block_n)  # fmt: skip
+    LOGGER.debug("profile in torch: %s", reason)
+    order, before, kept, seen = ranked_rows(
+        q, k, policy, rows, mask=mask, scale=scale, selector=selector,
+        block_m=block_m, block_n=block_n, data=data,
+    )  # fmt: skip
     kf, vf = pad_keys(k, block_n), pad_keys(v, block_n)
     found = []
     for r, row in enumerate(rows.tolist()):
@@ -113,9 +114,92 @@ def profile(
                        mask=mask, scale=scale, block_n=block_n, tangent=tangent, data=data)
         )  # fmt: skip
     error, computed, norm = (torch.stack(parts, -2) for parts in zip(*found, strict=True))
-    kept = forced[:, :, rows].sum(-1, dtype=torch.int32)
     error, computed = shift(error, kept), shift(computed, kept)
-    return Profile(rows, error, computed, before, norm[..., 0], kept, visible[:, :, rows].sum(-1))
+    return Profile(rows, error, computed, before, norm[..., 0], kept, seen)
+
+
+def no_kernel(
+    q: Tensor, k: Tensor, policy: Tensor, *, compensation: str, data: DataMask | None
+) -> str | None:
+    """Why such a profile is made in torch, or None if kernels make it."""
+    if q.device.type != "cuda":
+        return f"no kernel on {q.device.type.upper()}"
+    if os.environ.get(ASKED) != "1":  # compiled for GPUs and interpreted, but run on none so far
+        return f"kernels that no GPU has run yet; {ASKED}=1 takes them"
+    if not (q.dtype == k.dtype in (torch.float32, torch.float16, torch.bfloat16)):
+        return f"no kernel for {q.dtype} with {k.dtype}"
+    if q.shape[3] > MOST_DIM:
+        return f"no kernel for head dim {q.shape[3]}, above {MOST_DIM}"
+    if compensation != "none":
+        return f"no kernel with compensation {compensation!r}"
+    if data is not None:
+        return "no kernel under a mask that depends on data"
+    if bool((policy[:, col.MODE] == col.WINDOWED).any()):  # waits, but nothing runs yet
+        return "no kernel for heads with windows of their own"
+    return None
+
+
+def by_kernels(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor,
+    rows: Tensor,
+    lambdas: Sequence[float],
+    *,
+    mask: Mask,
+    scale: float,
+    selector: str,
+    block_m: int,
+    block_n: int,
+) -> Profile:
+    """`profile` in Triton; the dense pass starts first, and runs while the host does the rest."""
+    from afbs_compile.kernels import profile_walk
+
+    call = profile_walk.call_of(q, k, v, rows, mask, scale, block_m, block_n)
+    dense = profile_walk.dense(call)
+    order, before, kept, seen = ranked_rows(
+        q, k, policy, rows, mask=mask, scale=scale, selector=selector,
+        block_m=block_m, block_n=block_n,
+    )  # fmt: skip
+    error, computed, norm = profile_walk.tables(call, dense, order, kept, seen, lambdas)
+    return Profile(rows, error, computed, before, norm, kept, seen)
+
+
+def ranked_rows(
+    q: Tensor,
+    k: Tensor,
+    policy: Tensor,
+    rows: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    selector: str,
+    block_m: int,
+    block_n: int,
+    data: DataMask | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`ranking` of some query blocks, and how many blocks are forced and visible `[B, H, R]`."""
+    masked = blocked(data, mask, q.shape[2], k.shape[2], block_m=block_m, block_n=block_n)
+    scores, gated = block_scores(
+        q, k, policy, mask=mask, scale=scale, selector=selector, block_m=block_m, block_n=block_n,
+        masked=masked,
+    )  # fmt: skip
+    scores, gated = scores[:, :, rows], gated[:, :, rows]
+    if masked is not None:
+        masked = masked.of_rows(rows)
+    first = rows * block_m
+    qb = Blocks(first, (first + (block_m - 1)).clamp(max=q.shape[2] - 1))
+    kb = Blocks.of(k.shape[2], block_n, q.device)
+    visible = head_visible(mask, policy, qb, kb).expand(scores.shape)
+    if masked is not None:
+        visible = visible & masked.some
+    forced = forced_blocks(mask, policy, qb, kb, block_n, masked) | gated
+    if masked is not None and masked.needed is not None:
+        forced = forced | masked.needed
+    forced = forced & visible
+    order, before = ranking(scores, forced, visible)
+    return order, before, forced.sum(-1, dtype=torch.int32), visible.sum(-1)
 
 
 def ranking(scores: Tensor, forced: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:

@@ -87,6 +87,13 @@ def problems(draw, policy_tensor, longest=170, tau=None, one_kind=False):
     )  # fmt: skip
 
 
+def problem_of(policy_tensor, mask):
+    """One problem with several heads, odd lengths and blocks of two sizes."""
+    generator = torch.Generator().manual_seed(7)
+    q, k, v = (smooth(generator, 1, heads, 107, 32) for heads in (4, 2, 2))
+    return Problem(q, k, v, policy_tensor(4, tau=1.0), mask, 0.3, 32, 16)
+
+
 @st.composite
 def data_masks(draw, problem, kinds=("right", "left", "holes", "segments", "packed", "elements")):
     """The parts of a mask that comes with the call, as the op takes them."""
@@ -163,6 +170,11 @@ def hidden_dense(problem, parts):
     seen = seen.expand(*q.shape[:3], k.shape[2])
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=problem.scale)
     return out.masked_fill(~seen.any(3)[..., None], 0), seen
+
+
+@pytest.fixture(name="problem_of", scope="session")
+def problem_of_mask(policy_tensor):
+    return functools.partial(problem_of, policy_tensor)
 
 
 @pytest.fixture(name="data_masks", scope="session")
