@@ -239,8 +239,6 @@ REFUSED = {
     returned_weights: "attention weights have other users (output_attentions?)",
     returned_scores: "attention scores have other users",
     softcap: "scores pass through tanh",
-    alibi: "additive float mask: it holds more than 0 and very negative values",
-    learned_bias: "additive float mask: mask depends on an input tensor",
     mild_fill: "hidden scores become -5.0, which is not negative enough to hide them",
     blind_rows: "the mask has rows that see nothing",
     dropped: "dropout",
@@ -259,6 +257,34 @@ def test_refused_chains_are_left_as_they_were(function):
     assert [n.target for n in found.gm.graph.nodes] == [n.target for n in gm.graph.nodes]
 
 
+@pytest.mark.parametrize("function", [alibi, learned_bias])
+def test_biases_are_added(function, policy_tensor):
+    found, _, _, inputs = planned(function, *tensors())
+    assert [(s.mask, s.data.kind) for s in found.sites] == [(Mask(), "bias")]
+    policy = policy_tensor(H, tau=1.0)[None]
+    new = rewrite(found.gm, found.sites, policy, selector="sub8", min_length=1)
+    with torch.no_grad():
+        out = new(*inputs, policy)[0]
+    torch.testing.assert_close(out, function(*tensors()), atol=1e-5, rtol=1e-5)
+
+
+def test_a_bias_that_needs_gradients_is_left_dense():
+    """T5's is a weight."""
+    weight = torch.zeros(1, H, L, L, requires_grad=True)
+    found = []
+
+    def planner(gm, inputs):
+        found.append(plan(gm, inputs, 16))
+        return gm.forward
+
+    def function(q, k, v, bias):
+        return (scores(q, k) + bias).softmax(-1) @ v
+
+    torch.compile(function, backend=planner)(*tensors(), weight)
+    assert not found[-1].sites
+    assert "no backward under a mask" in next(iter(found[-1].refused.values()))
+
+
 def test_softmax_without_attention_is_nobodys_business():
     def router(q, k, v):
         return (q @ k[0, 0, :8].T).softmax(-1).topk(2)[0] + F.softmax(v, -1)[..., :2]
@@ -270,7 +296,7 @@ def test_softmax_without_attention_is_nobodys_business():
 
 def test_one_refused_chain_does_not_hold_up_another():
     def both(q, k, v):
-        return scale_after(alibi(q, k, v), k, v)
+        return scale_after(mild_fill(q, k, v), k, v)
 
     found = planned(both, *tensors())[0]
     assert len(found.sites) == len(found.refused) == 1

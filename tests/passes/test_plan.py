@@ -98,9 +98,6 @@ def chosen_kernel(q, k, v):
 
 REFUSED = [
     (sdpa(dropout_p=0.5), {}, "dropout"),
-    (with_mask(lambda q, k: torch.ones(L, L).tril()), {}, "additive float mask"),
-    (with_mask(lambda q, k: torch.full((L, L), -1e9).triu()), {}, "rows that see nothing"),
-    (with_mask(lambda q, k: q[0, 0] @ k[0, 0].T), {}, "float mask: mask depends on an input"),
     pytest.param(
         vmapped, {}, "inside vmap",
         marks=pytest.mark.filterwarnings("ignore:There is a performance drop"),
@@ -112,6 +109,28 @@ REFUSED = [
     (lambda q, k, v: F.scaled_dot_product_attention(*(x.double() for x in (q, k, v))), {},
      "dtype torch.float64"),
 ]  # fmt: skip
+
+
+BIASES = [
+    lambda q, k: torch.ones(L, L).tril(),
+    lambda q, k: torch.full((L, L), -1e9).triu(),  # with rows that see nothing
+    lambda q, k: q[0, 0] @ k[0, 0].T,
+]
+
+
+@pytest.mark.parametrize("make", BIASES)
+def test_other_float_masks_are_added(make, policy_tensor):
+    planner, args = Planner(), [torch.randn(2, 4, L, 32) for _ in range(3)]
+    function = with_mask(make)
+    with torch.no_grad():
+        want = torch.compile(function, backend=planner, fullgraph=True)(*args)
+    found = planner.plans[-1]
+    (site,) = found.sites
+    assert (site.mask, site.data.kind) == (Mask(), "bias")
+    policy = policy_tensor(4, tau=1.0)[None]
+    new = rewrite(found.gm, [site], policy, selector="sub8", min_length=L + 1)
+    with torch.no_grad():
+        torch.testing.assert_close(new(*args, policy)[0], want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("function", "shape", "reason"), REFUSED)
