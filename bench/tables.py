@@ -225,7 +225,15 @@ def pretrain(document: Document) -> str:
     return f"{pretrain_show.markdown(document)}\n\n{origin(document)}"
 
 
+def recovery(document: Document) -> str:
+    """What continued training gives back to a hybrid model."""
+    from afbs_compile.bench import recovery_show  # other tables are made without the package
+
+    return f"{recovery_show.markdown(document)}\n\n{origin(document)}"
+
+
 TABLES = {
+    "recovery": ("recovery", recovery),
     "pretrain": ("pretrain", pretrain),
     "decode": ("decode", decode),
     "prefill": ("prefill", prefill),
