@@ -107,9 +107,8 @@ def setup(args: Namespace, on_progress: OnProgress) -> Setup:
     tokens = torch.cat([one.tokens for one in texts])
     found = recovery_model.documents(tokens, args.tokens, args.searched, args.unseen)
     ready = Setup(args, model, found)
-    compiled = with_policy(model.module, None, args.tokens, Path())
     batches = order(len(found.trained), args.base_steps, args.batch, BASE_SEED)
-    for step, loss in trained(ready, compiled, batches, args.base_rate):
+    for step, loss in trained(ready, model.module, batches, args.base_rate):
         on_progress(step, args.base_steps, "base model", f"loss {loss:.3f}")
     model.module.requires_grad_(False)
     return ready
@@ -197,9 +196,9 @@ def measured(ready: Setup, policy: Policy | None, seed: int, folder: Path) -> Ro
 
 
 def with_policy(model: nn.Module, policy: Policy | None, tokens: int, folder: Path) -> Any:
-    """The model compiled: with "afbs" under a policy, dense with Inductor without one."""
+    """The model compiled with "afbs" under a policy; as it is, dense, without one."""
     if policy is None:
-        return torch.compile(model, backend="inductor")
+        return model
     path = folder / "policy.json"
     path.write_text(policy.to_json())
     options: dict[str, Any] = {"policy": str(path), "min_length": tokens}

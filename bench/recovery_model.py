@@ -17,7 +17,7 @@ from afbs_compile.demo.model import LanguageModel
 
 BYTES = 256  # the vocabulary
 SMALL: dict[str, Any] = {
-    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6,
+    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32,
 }  # fmt: skip
 TINY = SMALL | {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}

@@ -58,24 +58,24 @@ def add_recovery_options(command: argparse.ArgumentParser) -> None:
         "--text", action="append", default=[], metavar="NAME=FILE",
         help="a text; give as many as you like (default: Python's own documentation)",
     )  # fmt: skip
-    command.add_argument("--tokens", type=int, default=512, help="bytes of a document (512)")
-    command.add_argument("--batch", type=int, default=8, help="documents of a step (8)")
+    command.add_argument("--tokens", type=int, default=128, help="bytes of a document (128)")
+    command.add_argument("--batch", type=int, default=16, help="documents of a step (16)")
     command.add_argument(
-        "--base-steps", type=int, default=800, metavar="N", help="that make the dense model (800)"
+        "--base-steps", type=int, default=400, metavar="N", help="that make the dense model (400)"
     )
-    command.add_argument("--base-rate", type=float, default=2e-3, help="of AdamW then (2e-3)")
-    command.add_argument("--steps", type=int, default=48, help="of continued training (48)")
+    command.add_argument("--base-rate", type=float, default=3e-3, help="of AdamW then (3e-3)")
+    command.add_argument("--steps", type=int, default=24, help="of continued training (24)")
     command.add_argument("--rate", type=float, default=3e-4, help="of AdamW then (3e-4)")
-    command.add_argument("--ratio", type=float, default=0.5, help="of windowed KV groups (0.5)")
-    command.add_argument("--window", type=int, default=32, help="keys that they see (32)")
+    command.add_argument("--ratio", type=float, default=0.75, help="of windowed KV groups (0.75)")
+    command.add_argument("--window", type=int, default=8, help="keys that they see (8)")
     command.add_argument("--sink", type=int, default=4, help="first tokens they see, too (4)")
-    command.add_argument("--budget", type=int, default=150, help="choices to evaluate (150)")
+    command.add_argument("--budget", type=int, default=100, help="choices to evaluate (100)")
     command.add_argument(
-        "--searched", type=int, default=8, help="documents that the search reads (8)"
+        "--searched", type=int, default=16, help="documents that the search reads (16)"
     )
-    command.add_argument("--unseen", type=int, default=48, help="held-out documents (48)")
+    command.add_argument("--unseen", type=int, default=96, help="held-out documents (96)")
     command.add_argument(
-        "--every", type=int, default=8, metavar="N", help="held-out loss every N steps (8)"
+        "--every", type=int, default=4, metavar="N", help="held-out loss every N steps (4)"
     )
     command.add_argument("--seeds", type=int, default=3, help="of search and training (3)")
     command.add_argument(
