@@ -2,8 +2,8 @@
 
 NOMAD runs in a process of its own (`nomad_child`): it is LGPL, and when it crashes or hangs, the
 search goes on with what was found. It moves in all bits, whatever their number, so the nearest
-choice with the right number is evaluated: surplus windows are taken from the heads of most prior
-harm, missing ones are given to those of least. One evaluation at a time.
+choice with the right number is evaluated: surplus windows are taken from heads of most prior harm,
+missing ones are given to those of least. One evaluation at a time.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ from afbs_compile.tuner.solvers import Task
 
 PATIENCE = 120.0  # seconds for the next question
 COMMAND = (sys.executable, "-P", str(Path(__file__).with_name("nomad_child.py")))
+SEEDS = 10_000  # NOMAD draws as many numbers before it begins
 LAST = 500  # characters of what a crash left on stderr
 LOG = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def mads(task: Task, command: Sequence[str] = COMMAND, patience: float = PATIENC
     (least,) = tally([best])
     asked = 0
     with Child(command, patience) as child:
-        seed = int(task.rng.integers(1, 2**31 - 1))
+        seed = int(task.rng.integers(SEEDS))
         start = [int(bit) for bit in best[task.free]]
         child.say({"start": start, "seed": seed, "evaluations": max(1, 2 * task.budget)})
         while tally.left > end:
@@ -84,11 +85,16 @@ def mads(task: Task, command: Sequence[str] = COMMAND, patience: float = PATIENC
 
 
 def nearest(task: Task, asked: Bits) -> Bits:
-    """The choice with the right number of windows that differs least from free bits [F]."""
-    harm, count = task.prior[task.free], int(task.start[task.free].sum())
-    order = np.lexsort((np.arange(len(asked)), harm, ~asked))  # asked for first, then the harmless
+    """The choice with the right number of windows that differs least from free bits [F].
+
+    What was asked to differ from the task's start does so as far as the number allows: or else a
+    start that follows the prior would be the nearest choice to all of its neighbours.
+    """
+    harm, before = task.prior[task.free], task.start[task.free]
+    changed = asked != before
+    wish = np.select([changed & asked, asked, ~changed], [0, 1, 2], 3)
     free = np.zeros(len(asked), dtype=bool)
-    free[order[:count]] = True
+    free[np.lexsort((harm, wish))[: int(before.sum())]] = True
     bits = task.start.copy()
     bits[task.free] = free
     return bits

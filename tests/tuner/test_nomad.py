@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -66,6 +67,18 @@ def test_the_nearest_choice_of_the_right_number():
     ):
         bits = nomad.nearest(given, np.array(asked, dtype=bool))
         assert np.flatnonzero(bits).tolist() == chosen
+
+
+def test_every_neighbour_of_a_start_is_another_choice():
+    """Also of a start that the prior itself would choose."""
+    given = replace(task(), start=np.arange(12) < 5)
+    for n in range(10):
+        asked = given.start[given.free]
+        asked[n] ^= True
+        bits = nomad.nearest(given, asked)
+        assert bits.sum() == 5
+        assert bits[given.free][n] == asked[n]
+        assert (bits != given.start).sum() == 2
 
 
 def test_a_crash_leaves_what_was_found(caplog):
