@@ -170,7 +170,8 @@ def with_bits(policy: Policy, bits: Bits) -> Policy:
         )
         decision, reason = ("sparse", None) if any(own) else ("dense", "no head is windowed")
         sites[site.name] = replace(site, heads=heads, decision=decision, reason=reason)
-    return replace(policy, tunings=(replace(tuning, sites=sites, kl=None),))
+    other = replace(tuning, sites=sites, evaluations=0, kl=None)
+    return replace(policy, tunings=(other,))
 
 
 def measured(ready: Setup, policy: Policy | None, seed: int, folder: Path) -> Row:
