@@ -22,7 +22,11 @@ from afbs_compile.commands.hybrid_options import (
 )
 from afbs_compile.commands.prefill_options import add_prefill_options
 from afbs_compile.commands.quality_options import add_quality_options, add_retrieval_options
-from afbs_compile.commands.training_options import add_live_options, add_pretrain_options
+from afbs_compile.commands.training_options import (
+    add_live_options,
+    add_pretrain_options,
+    add_recovery_options,
+)
 from afbs_compile.commands.tuner_options import add_tuner_options
 from afbs_compile.commands.tuning_time_options import add_tuning_time_options
 from afbs_compile.options import (
@@ -209,6 +213,7 @@ def add_bench(command: argparse.ArgumentParser) -> None:
         ("prefill", "seconds and memory of a long prompt or video", add_prefill_options),
         ("generate", "what is written after long prompts, and how soon", add_generate_options),
         ("pretrain", "a small model trained sparse and dense", add_pretrain_options),
+        ("recovery", "what training gives back to a hybrid model", add_recovery_options),
         ("live", "balanced training on the ranks of torchrun", add_live_options),
     ):
         kind = kinds.add_parser(name, help=about)

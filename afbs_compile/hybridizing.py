@@ -70,9 +70,9 @@ def hybridize(
         on_progress: Told how far it is; by default bars on a terminal.
         **wishes: `window` (1024, itself included), `sink` (4 first tokens), `budget` (600
             evaluations), `objective` (`kl` or `task`), `prior` (`fisher`, `locality`, `retrieval`,
-            `best` of these, which needs token ids, or `none`), `solver` (`lns`, `swaps`, `random`
-            or a callable), `seed` (0), `levels` (windowed groups that a layer may begin with),
-            `seconds` (stop after so many), and `cache_dir`.
+            `best` of these, which needs token ids, or `none`), `solver` (`lns`, `swaps`, `random`,
+            `nomad`, which needs PyNomadBBO, or a callable), `seed` (0), `levels` (windowed groups
+            that a layer may begin with), `seconds` (stop after so many), and `cache_dir`.
 
     Returns:
         A policy for the length bucket of the longest input. Windowed heads hold at every length,

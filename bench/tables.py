@@ -274,9 +274,17 @@ def live(document: Document) -> str:
     return f"{live_show.markdown(document)}\n\n{origin(document)}"
 
 
+def recovery(document: Document) -> str:
+    """What continued training gives back to a hybrid model."""
+    from afbs_compile.bench import recovery_show  # other tables are made without the package
+
+    return f"{recovery_show.markdown(document)}\n\n{origin(document)}"
+
+
 TABLES = {
     "live": ("live", live),
     "hybrid": ("hybrid", hybrid),
+    "recovery": ("recovery", recovery),
     "pretrain": ("pretrain", pretrain),
     "decode": ("decode", decode),
     "prefill": ("prefill", prefill),

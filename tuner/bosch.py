@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from afbs_compile.tuner import ratios
+from afbs_compile.tuner import nomad, ratios
 from afbs_compile.tuner.arrays import Floats, Ints
 from afbs_compile.tuner.finals import FINALISTS, decided
 from afbs_compile.tuner.heads import Bits, Impossible, Layout, lowest, with_counts
@@ -65,6 +65,8 @@ class Search:
             raise Impossible(f"no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
         if isinstance(self.solver, str) and self.solver not in SOLVERS:
             raise Impossible(f"no solver {self.solver!r}; there are {', '.join(SOLVERS)}")
+        if self.solver == "nomad":
+            nomad.require()
         size = self.layout.size
         for shape in (list(prior.shape) for prior in self.priors):
             if shape != [size]:

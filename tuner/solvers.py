@@ -2,7 +2,8 @@
 
 `lns` is large neighbourhood search (Shaw 1998): candidates exchange some windowed heads for global
 ones; a sample of the surrogate's posterior says which to evaluate (Thompson 1933). `swaps` is
-local search by random single swaps, `random` draws anew. They differ in nothing else.
+local search by random single swaps, `random` draws anew. They differ in nothing else. `nomad` asks
+another program.
 """
 
 from collections.abc import Callable
@@ -79,7 +80,14 @@ def scatter(task: Task) -> Bits:
     return improve(task, lambda task, bits: fresh(task, lambda: shuffled(task, bits)))
 
 
-SOLVERS: dict[str, Solver] = {"lns": lns, "swaps": swaps, "random": scatter}
+def nomad(task: Task) -> Bits:
+    """MADS, by NOMAD in another process."""
+    from afbs_compile.tuner.nomad import mads
+
+    return mads(task)
+
+
+SOLVERS: dict[str, Solver] = {"lns": lns, "swaps": swaps, "random": scatter, "nomad": nomad}
 
 
 def thompson(task: Task, incumbent: Bits) -> list[Bits]:

@@ -15,7 +15,7 @@ def run(args: Namespace) -> int:
         "attention": attention, "tuner": tuner, "quality": quality, "retrieval": retrieval,
         "coverage": coverage, "fuzz": fuzz, "balance": balance, "decode": decode,
         "hybrid": hybrid, "prefill": prefill, "tuning-time": tuning_time,
-        "pretrain": pretrain, "live": live, "generate": generate,
+        "pretrain": pretrain, "live": live, "generate": generate, "recovery": recovery,
     }  # fmt: skip
     return kinds[args.what](args)
 
@@ -139,6 +139,14 @@ def pretrain(args: Namespace) -> int:
     if args.plot:
         pretrain_show.draw(document, args.plot)
     return tell(args, document, pretrain_show.show)
+
+
+def recovery(args: Namespace) -> int:
+    """What continued training gives back to a hybrid model."""
+    from afbs_compile.bench import recovery, recovery_show
+
+    document = recovery.run(args, args.output)
+    return tell(args, document, lambda found: emit_text(recovery_show.markdown(found)))
 
 
 def live(args: Namespace) -> int:

@@ -92,7 +92,7 @@ def add_common(command: argparse.ArgumentParser) -> None:
         "--prior", choices=("best", "fisher", "locality", "retrieval", "none"), default="best",
         help="static ranking to begin with (best: the one whose own choice costs least)",
     )  # fmt: skip
-    command.add_argument("--solver", choices=("lns", "swaps", "random"), default="lns")
+    command.add_argument("--solver", choices=("lns", "swaps", "random", "nomad"), default="lns")
     command.add_argument("--dtype", choices=DTYPES, help="of the model")
     command.add_argument(
         "--seconds", type=float, metavar="N", help="begin nothing after N seconds"

@@ -1,4 +1,4 @@
-"""What can `afbs bench pretrain` and `afbs bench live` be asked? Loads nothing heavy."""
+"""What can `afbs bench pretrain`, `live` and `recovery` be asked? Loads nothing heavy."""
 
 import argparse
 from pathlib import Path
@@ -49,6 +49,42 @@ def add_live_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--rate", type=float, default=1e-3, help="of AdamW (1e-3)")
     command.add_argument("--seconds", type=float, metavar="N", help="begin no run after N seconds")
     command.add_argument("--output", type=Path, metavar="DIR", help="write live.json there")
+
+
+def add_recovery_options(command: argparse.ArgumentParser) -> None:
+    """What `afbs bench recovery` and `bench/recovery.py` share."""
+    command.add_argument("--model", default="small", help="sizes: small or tiny (small)")
+    command.add_argument(
+        "--text", action="append", default=[], metavar="NAME=FILE",
+        help="a text; give as many as you like (default: Python's own documentation)",
+    )  # fmt: skip
+    command.add_argument("--tokens", type=int, default=128, help="bytes of a document (128)")
+    command.add_argument("--batch", type=int, default=16, help="documents of a step (16)")
+    command.add_argument(
+        "--base-steps", type=int, default=400, metavar="N", help="that make the dense model (400)"
+    )
+    command.add_argument("--base-rate", type=float, default=3e-3, help="of AdamW then (3e-3)")
+    command.add_argument("--steps", type=int, default=24, help="of continued training (24)")
+    command.add_argument("--rate", type=float, default=3e-4, help="of AdamW then (3e-4)")
+    command.add_argument("--ratio", type=float, default=0.75, help="of windowed KV groups (0.75)")
+    command.add_argument("--window", type=int, default=8, help="keys that they see (8)")
+    command.add_argument("--sink", type=int, default=4, help="first tokens they see, too (4)")
+    command.add_argument("--budget", type=int, default=100, help="choices to evaluate (100)")
+    command.add_argument(
+        "--searched", type=int, default=16, help="documents that the search reads (16)"
+    )
+    command.add_argument("--unseen", type=int, default=96, help="held-out documents (96)")
+    command.add_argument(
+        "--every", type=int, default=4, metavar="N", help="held-out loss every N steps (4)"
+    )
+    command.add_argument("--seeds", type=int, default=3, help="of search and training (3)")
+    command.add_argument(
+        "--seconds", type=float, metavar="N", help="begin no seed after N seconds"
+    )
+    command.add_argument(
+        "--output", type=Path, metavar="DIR",
+        help="write recovery.json there, and continue older results",
+    )  # fmt: skip
 
 
 def add_text(command: argparse.ArgumentParser) -> None:

@@ -47,3 +47,16 @@ def ran(name, *arguments):
     assert len(losses) == 3
     assert losses[2] < losses[1] < losses[0]
     return run.stdout
+
+
+@pytest.mark.slow
+def test_a_hybrid_model_is_trained_on():
+    command = [sys.executable, str(ROOT / "examples" / "continued_training.py"), "--steps", "12"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=400, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert re.search(r"windows in [12] of 2 layers", run.stdout)
+    before, after = map(float, re.search(r"loss (\S+) before, (\S+) after", run.stdout).groups())
+    assert after < before - 0.3
