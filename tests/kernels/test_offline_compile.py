@@ -22,6 +22,8 @@ CASES = {  # head_dim, dtype, block_m, block_n, causal, selector, parts of a dat
     "padded": (128, "bfloat16", 128, 64, True, "sub8", "keys"),
     "packed": (80, "float16", 128, 64, True, "mean", "keys segments"),
     "elements": (64, "float32", 128, 64, False, "sub4", "elements"),
+    "biased": (64, "float16", 128, 64, True, "sub8", "bias"),
+    "biased fp32": (128, "float32", 128, 64, False, "sub8", "bias"),
 }
 QUICK = [(80, "odd"), (90, "half"), (90, "padded")]
 OTHERS = [(arch, case) for arch in SHARED_BYTES for case in CASES if (arch, case) not in QUICK]
@@ -41,6 +43,7 @@ def shared_memory(arch, case, tmp_path):
 def test_compiles_and_fits(arch, case, tmp_path):
     used = shared_memory(arch, case, tmp_path)
     masks = {"states_kernel"} if len(CASES[case]) > 6 else set()
+    masks |= {"first_kernel"} if CASES[case][-1] == "bias" else set()
     assert used.keys() == masks | {
         "pool_kernel", "score_kernel", "pick_kernel", "forward_kernel", "columns_kernel",
         "merge_kernel", "decode_kernel", "join_kernel",
@@ -104,6 +107,7 @@ def compile_for(arch, case):
     Compiled(triton_selection, "pick_kernel")
     Compiled(triton_forward, "forward_kernel")
     Compiled(triton_mask, "states_kernel")
+    Compiled(triton_mask, "first_kernel")
     Compiled(triton_compensation, "columns_kernel")
     Compiled(triton_compensation, "merge_kernel")
     Compiled(triton_decode, "decode_kernel")
@@ -115,7 +119,13 @@ def compile_for(arch, case):
     k, policy = q[:, :1], torch.zeros(2, 8)
     site = {"mask": Mask(causal), "scale": 1.0, "block_m": block_m, "block_n": block_n}
     ids, rows = torch.zeros(1, 256, dtype=torch.long), torch.ones(1, 1, 256, 256).bool()
-    made = {"keys": ids == 0, "q_segments": ids, "k_segments": ids, "elements": rows}
+    made = {
+        "keys": ids == 0,
+        "q_segments": ids,
+        "k_segments": ids,
+        "elements": rows,
+        "bias": q @ q.mT,
+    }
     wanted = {n: x for n, x in made.items() if parts and n.split("_")[-1] in parts[0]}
     data = DataMask(**wanted) if parts else None
     counts, indices = triton_selection.select(q, k, policy, selector=selector, data=data, **site)
