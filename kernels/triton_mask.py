@@ -254,7 +254,7 @@ def shown(
     states = torch.empty(batch, heads, blocks_q, blocks_k, dtype=torch.uint8, device=like.device)
     shape = (batch, heads, length_q) if parts.biased else (0, 0, 0)
     live = torch.empty(shape, dtype=torch.uint8, device=like.device)
-    first = torch.empty(shape, dtype=torch.int32, device=like.device)
+    first = torch.full(shape, -1, dtype=torch.int32, device=like.device)
     levels = torch.empty_like(states if parts.biased else live, dtype=torch.float32)
     present = dict(zip(PRESENT, parts.present, strict=True))
     site = mask.offset, site_window(mask)
