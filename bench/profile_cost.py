@@ -8,7 +8,6 @@ the host, over SDPA on the same tensors, both wall clock; `kernels` are the part
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -158,7 +157,7 @@ def swept(length: int, device: torch.device) -> Iterator[Row]:
 
 def main() -> int:
     """0 if every difference is below `AGREED`."""
-    os.environ[profile.ASKED] = "1"
+    profile.KERNELS = True
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", default="4096,32768", help="lengths, with commas")
     parser.add_argument("--sweep", action="store_true", help="try tiles of the walk instead")

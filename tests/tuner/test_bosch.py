@@ -287,7 +287,9 @@ def test_solvers_keep_what_is_not_free(layout, seed):
     start = rng.random(layout.size) < 0.5
     free = np.flatnonzero(rng.random(layout.size) < 0.7)
     objective = Synthetic(layout, seed)
-    for solve in solvers.SOLVERS.values():
+    for name, solve in solvers.SOLVERS.items():
+        if name == "nomad":  # an extra, see test_nomad
+            continue
         tally = Tally(objective, int(start.sum()), 25)
         task = solvers.Task(tally, layout, objective.prior, start, free, 20, rng)
         found = solve(task)
