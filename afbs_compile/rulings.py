@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from afbs_compile.checks import mean_known
-from afbs_compile.kernels.data_mask import KINDS
+from afbs_compile.kernels.data_mask import ELEMENTS
 from afbs_compile.kernels.dispatch import kernel_of
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.policy import Site as SitePolicy
@@ -42,7 +42,7 @@ class Ruling:
         if shape != (q.shape[1], k.shape[1], q.shape[3]):
             came = f"{q.shape[1]} heads on {k.shape[1]}, head dim {q.shape[3]}"
             return replace(self, rows=None, reason=f"the policy is for other shapes than {came}")
-        words = {f"{w} + {KINDS[-1]}" if masked else w
+        words = {f"{w} + {ELEMENTS}" if masked else w
                  for w in descriptions(mask, q.shape[2], k.shape[2])}  # fmt: skip
         if unpadded(self.site.mask) not in words:
             why = f"the policy is for a mask that is {self.site.mask!r}, the call's is another"

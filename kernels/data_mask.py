@@ -18,6 +18,7 @@ from afbs_compile.kernels import bias
 from afbs_compile.kernels.geometry import Mask, site_tokens
 
 KINDS = ("key padding", "segments", "elements", "bias")  # the parts in words, in their order
+ELEMENTS = KINDS[2]
 CHUNK_ELEMENTS = 1 << 24  # pairs looked at together; bounds memory at long lengths
 
 
