@@ -69,6 +69,7 @@ def test_a_wrong_kernel_is_not_timed(bench, small, monkeypatch):
         cases.forward(bench, small(130))
 
 
+@pytest.mark.slow
 def test_selection(bench, small):
     rows = cases.selection(bench, small(130))
     assert [row["selector"] for row in rows] == list(cases.SELECTORS)

@@ -81,6 +81,7 @@ def test_same_seed_same_curves_other_seed_other_points(landscape):
     assert traces[0].rows[0].u != traces[1].rows[0].u
 
 
+@pytest.mark.slow
 @given(seed=seeds)
 def test_permuting_heads_permutes_the_curves(landscape, seed):
     site = landscape(seed, 5)
