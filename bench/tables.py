@@ -65,8 +65,14 @@ def attention(document: Document) -> str:
                 f"| {times(alone, 'ratio_cudnn')} "
                 f"| {times(flex, 'ratio_flex')} | {times(fa4, 'ratio_fa4')} | {percent(scored)} |"
             )
-    about = [LEGEND, *trained(document), *everything(document), origin(document)]
+    told = "; ".join([origin(document), *joined(document)])
+    about = [LEGEND, *trained(document), *everything(document), told]
     return "\n".join([*lines, "", *about])
+
+
+def joined(document: Document) -> list[str]:
+    """What its notes say of rows that come from elsewhere."""
+    return [note for note in document.get("notes", []) if note.startswith("rows of ")]
 
 
 def is_shape(row: Row, length: int, causal: bool) -> bool:
@@ -215,7 +221,8 @@ def prefill(document: Document) -> str:
     """Whole forwards of a long prompt or video."""
     from afbs_compile.bench import prefill  # other tables are made without the package
 
-    return f"{prefill.table(document)}\n\n{origin(document)}"
+    notes = "".join(f"- {note}\n" for note in document.get("notes", []))
+    return f"{prefill.table(document)}\n\n{notes}\n{origin(document)}"
 
 
 def prompt(document: Document) -> str:
@@ -232,7 +239,7 @@ def prompt(document: Document) -> str:
         f"eager {ways['eager']['seconds']:.2f} s, Inductor {ways['inductor']['seconds']:.2f} s; "
         f"ours {ours['seconds']:.2f} s with nothing left out ({over(ours)}), "
         f"{less['seconds']:.2f} s on a quarter of the blocks ({over(less)}). "
-        "Inductor's graph holds a mask of all pairs there (transformers 5.17)."
+        f"`python bench/prefill.py --tokens {max(whole)} --repeats {ours['repeats']}`, in turn."
     )
 
 
