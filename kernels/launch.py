@@ -5,8 +5,10 @@ the compiled kernel (dtypes, constants, the alignment of pointers, the values of
 to the caller, who passes it as a key; later launches hand their arguments to the compiled kernel.
 """
 
+import contextlib
 import functools
-from collections.abc import Hashable, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,24 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 MOST = 4096  # prepared launches; lengths that never come back must not fill the memory
 ALIGNMENT = 16  # bytes; Triton compiles one kernel for aligned pointers and one for others
 PREPARED: dict[Hashable, Any] = {}
+WATCH = threading.local()  # `note` is told of this thread's launches
+
+
+@contextlib.contextmanager
+def watching(note: Callable[[Any, int, Sequence[Any]], None]) -> Iterator[None]:
+    """Tell `note` of every launch of this thread: what `prepared` gave, programs, arguments."""
+    WATCH.note = note
+    try:
+        yield
+    finally:
+        WATCH.note = None
+
+
+def tell(made: Any, programs: int, arguments: Sequence[Any]) -> None:
+    """Tell who watches of a launch; `made` is None for a kernel that Triton launches."""
+    note = getattr(WATCH, "note", None)
+    if note is not None:
+        note(made, programs, arguments)
 
 
 class TmaView:
@@ -102,6 +122,7 @@ def first(
         arguments: All parameters but the constants, in order.
         constants: The constants by name in the order of the parameters, then Triton's options.
     """
+    tell(None, programs, arguments)
     compiled = kernel[(programs,)](*arguments, **constants)
     if hasattr(compiled, "packed_metadata"):  # not so under the interpreter
         if len(PREPARED) >= MOST:
@@ -112,6 +133,7 @@ def first(
 
 def again(made: Any, device: int, programs: int, arguments: Sequence[Any]) -> None:
     """Launch what `prepared` returned, on the current stream of the current device `device`."""
+    tell(made, programs, arguments)
     compiled, constants = made
     compiled.run(
         programs, 1, 1, torch._C._cuda_getCurrentRawStream(device), compiled.function,

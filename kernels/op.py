@@ -17,6 +17,7 @@ from afbs_compile.kernels import dispatch, train_op
 from afbs_compile.kernels.blind import ZERO
 from afbs_compile.kernels.data_mask import DataMask, gathered
 from afbs_compile.kernels.geometry import Mask
+from afbs_compile.kernels.train_op import as_rows
 
 BIAS = 13  # the place of a bias among the arguments after v
 LIBRARY: Any = torch.library.Library("afbs", "DEF")  # type: ignore[no-untyped-call]
@@ -54,12 +55,20 @@ def attention(
     if not (q.shape[0] == k.shape[0] == v.shape[0] and k.shape[2] == v.shape[2]):
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"q, k, v are {shapes}; needed: one batch, and k as long as v")
-    out = dispatch.attention(
-        q, k, v, policy, mask=Mask(causal, offset, window),
-        scale=scale, selector=selector, min_length=min_length, compensation=compensation,
-        data=mask_of(data, (q.shape[2], k.shape[2])),
-    )  # fmt: skip
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def call() -> Tensor:
+        return as_rows(dispatch.attention(
+            q, k, v, policy, mask=Mask(causal, offset, window),
+            scale=scale, selector=selector, min_length=min_length, compensation=compensation,
+            data=mask_of(data, (q.shape[2], k.shape[2])),
+        ))  # fmt: skip
+
+    if data or not q.is_cuda:
+        return call()
+    from afbs_compile.kernels import replay
+
+    site = causal, offset, window, scale, selector, min_length, compensation
+    return replay.replayed(site, (q, k, v, policy), call)
 
 
 def mask_of(data: Sequence[Tensor | str | None], lengths: tuple[int, int]) -> DataMask | None:
@@ -115,17 +124,17 @@ def attention_autograd(
             that depends on data, without a backward.
     """
     site = causal, offset, window, scale, selector
-    tensors = (q, k, v, *(x for x in data if isinstance(x, Tensor)))
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+    parts = [x for x in data if isinstance(x, Tensor)]
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *parts))):
         with torch._C._AutoDispatchBelowAutograd(), torch.no_grad():
             run = torch.ops.afbs.attention
             return cast(Tensor, run(q, k, v, policy, *site, min_length, compensation, *data))
     if q.shape[2] < min_length:
-        parts = mask_of(data, (q.shape[2], k.shape[2]))
-        out = dispatch.dense(q, k, v, mask=Mask(causal, offset, window), scale=scale, data=parts)
-        return out.transpose(1, 2).contiguous().transpose(1, 2)
+        seen = mask_of(data, (q.shape[2], k.shape[2]))
+        out = dispatch.dense(q, k, v, mask=Mask(causal, offset, window), scale=scale, data=seen)
+        return as_rows(out)
     reason = dispatch.no_backward(q.device.type) or dispatch.no_compensated_backward(compensation)
-    if any(isinstance(part, Tensor) for part in data):
+    if parts:
         reason = dispatch.NO_MASKED_BACKWARD
     if reason is not None:
         raise RuntimeError(

@@ -438,6 +438,7 @@ def test_thresholds_belong_to_lengths():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_decoding_on_a_gpu(mode):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from afbs_compile.kernels import decode, triton_decode
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernel
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -51,7 +52,8 @@ def worked(arguments, splits):
 
 def by_kernel(splits):
     def run(*arguments, scale):
-        return triton_decode.decode(*worked(arguments, splits), scale=scale, splits=splits)
+        there = [x.to(DEVICE) for x in worked(arguments, splits)]
+        return triton_decode.decode(*there, scale=scale, splits=splits).cpu()
 
     return run
 

@@ -45,7 +45,7 @@ def both(problem, lambdas, dtype=torch.float32, rows=None, selector="sub8"):
 def check(got, want, atol):
     for name in ("rows", "before", "forced", "visible"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
-    torch.testing.assert_close(got.norm, want.norm, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(got.norm, want.norm, rtol=1e-4 if atol <= 1e-6 else 1e-3, atol=1e-6)
     assert got.computed.dtype == want.computed.dtype
     column = torch.arange(want.error.shape[-1], device=DEVICE)
     there = column <= (want.visible - want.forced)[..., None]
