@@ -237,9 +237,7 @@ def backward(
     block_m, block_n = block_sizes(q.device.type)
     run = pairs.backward
     if not by_pairs(q.device.type):
-        from afbs_compile.kernels import triton_backward
-
-        run = triton_backward.backward
+        run = gpu_backward(q, k, v, scale=scale, block_m=block_m, block_n=block_n)
     return run(
         do, q, k, v, o, lse, counts, indices, policy,
         mask=mask, scale=scale, block_m=block_m, block_n=block_n,
@@ -279,6 +277,22 @@ def gpu_forward(
             return gluon_forward.forward
     LOGGER.debug("Triton instead of Gluon: %s", reason)
     return triton_forward.forward
+
+
+def gpu_backward(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, block_m: int, block_n: int
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The gradient kernels for a call on a GPU: Triton's, or Gluon's if they are switched on."""
+    from afbs_compile.kernels import gluon_shim, triton_backward
+
+    if gluon_shim.BACKWARD and gluon_shim.available(q.device) is None:
+        from afbs_compile.kernels import gluon_backward
+
+        reason = gluon_backward.supported(q, k, v, scale=scale, block_m=block_m, block_n=block_n)
+        if reason is None:
+            return gluon_backward.backward
+        LOGGER.debug("Triton's backward instead of Gluon's: %s", reason)
+    return triton_backward.backward
 
 
 def fused_scores(
