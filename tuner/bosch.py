@@ -128,7 +128,7 @@ def search(
     try:
         walk.run()
         if validate and reserved and np.isfinite(tally.least):
-            bits, loss, stages["finals"] = decided(tally, validate, reserved)
+            bits, loss, stages["finals"] = decided(tally, validate, reserved, walk.begun)
         complete = True
     except Stop:
         complete = False
@@ -148,6 +148,7 @@ class Walk:
         self.prior = np.zeros(self.layout.size) if wanted.prior is None else wanted.prior
         self.cost: Floats | None = None
         self.every = np.arange(self.layout.size)
+        self.begun: list[Bits] = []  # what the priors alone choose
 
     def first(self, prior: Floats) -> Bits:
         """The choice that stages 1 and 2 do not help: equal shares, by a prior."""
@@ -182,7 +183,8 @@ class Walk:
             for prior in self.wanted.priors or [self.prior]
             for bits in (self.first(prior), lowest(prior, self.every, count, size))
         ]
-        losses = self.tally([bits for _, bits in tried])
+        self.begun = [bits for _, bits in tried]
+        losses = self.tally(self.begun)
         self.prior, bits = tried[int(np.argmin(losses))]
         return bits
 

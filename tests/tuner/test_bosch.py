@@ -119,9 +119,13 @@ def test_held_out_losses_decide_within_the_budget():
     assert found.evaluations == len(known) + len(held) == 100
     assert found.stages["finals"] == len(held) == FINALISTS
     meeting = sorted(loss for name, loss in known.items() if name.count("1") == 12)
-    assert max(known[name] for name in held) <= meeting[FINALISTS - 1]
-    both = {name: known[name] + loss for name, loss in held.items()}
+    plain = [*known][:2]  # what the ranking alone chooses, with and without regard to layers
+    assert {*plain} <= {*held}
+    searched = {name: loss for name, loss in held.items() if name not in plain}
+    assert max(known[name] for name in searched) <= meeting[FINALISTS - 1]
+    both = {name: known[name] + loss for name, loss in searched.items()}
     assert heads.text(found.bits) == min(both, key=both.get)
+    assert min(held[name] for name in plain) > held[heads.text(found.bits)]
     assert found.loss == known[heads.text(found.bits)]
     assert found.loss > meeting[0]  # the search's own best lost: the two objectives disagree
 

@@ -1,0 +1,53 @@
+"""Who decides among a search's best choices?"""
+
+import numpy as np
+import pytest
+
+from afbs_compile.tuner.finals import decided
+from afbs_compile.tuner.heads import bits, text
+from afbs_compile.tuner.tally import Tally
+
+SEARCHED = {"1100": 1.0, "1010": 1.1, "0110": 2.0, "0011": 3.0, "1001": np.inf, "1000": 0.1}
+
+
+@pytest.fixture
+def tally():
+    made = Tally(lambda asked: [SEARCHED[text(one)] for one in asked], 2, 100)
+    made([bits(name) for name in SEARCHED])
+    return made
+
+
+def held(**losses):
+    asked = []
+
+    def validate(choices):
+        asked.extend(map(text, choices))
+        return [losses.get(text(one), 9.0) for one in choices]
+
+    return validate, asked
+
+
+def winner(tally, losses, count, plain=()):
+    validate, asked = held(**losses)
+    choice, loss, validated = decided(tally, validate, count, [bits(name) for name in plain])
+    assert validated == len(asked) <= count
+    assert loss == SEARCHED[text(choice)]
+    return text(choice), asked
+
+
+def test_both_losses_decide(tally):
+    best, asked = winner(tally, {"1100": 5.0, "1010": 1.0, "0110": 0.5}, 3)
+    assert (best, asked) == ("1010", ["1100", "1010", "0110"])
+
+
+def test_a_ranking_that_is_better_on_held_out_inputs_wins(tally):
+    losses = {"1100": 1.0, "1010": 1.1, "0011": 0.9}
+    assert winner(tally, losses, 3)[0] == "1100"
+    best, asked = winner(tally, losses, 3, ["0011", "1001"])
+    assert (best, asked) == ("0011", ["1100", "1010", "0011"])
+    assert winner(tally, losses | {"0011": 1.05}, 3, ["0011"])[0] == "1100"
+
+
+def test_rankings_leave_a_place_for_the_search(tally):
+    best, asked = winner(tally, {"1100": 0.5}, 1, ["0011", "0110"])
+    assert (best, asked) == ("1100", ["1100"])
