@@ -30,7 +30,6 @@ from afbs_compile.kernels.selection import forced_blocks
 
 LOGGER = logging.getLogger(__name__)
 OFF = (-math.inf,)
-KERNELS = False  # compiled for GPUs and interpreted, but run on none so far
 MOST_DIM = 256
 LEAST = 1e-30  # a sum of weights that a division survives
 
@@ -123,8 +122,6 @@ def no_kernel(
     """Why such a profile is made in torch, or None if kernels make it."""
     if q.device.type != "cuda":
         return f"no kernel on {q.device.type.upper()}"
-    if not KERNELS:
-        return "kernels that no GPU has run yet (kernels.profile.KERNELS)"
     if not (q.dtype == k.dtype in (torch.float32, torch.float16, torch.bfloat16)):
         return f"no kernel for {q.dtype} with {k.dtype}"
     if q.shape[3] > MOST_DIM:
