@@ -117,7 +117,7 @@ def produce(
     put(plan.index(1), steps)
     mbarrier.arrive(plan_full.index(0), count=1)
     step = 0
-    for masked in gl.static_range(2):
+    for later in gl.static_range(2):
         for g in range(group):
             h = bh % kv_heads * group + g
             head = own_window(policy, h)
@@ -127,7 +127,7 @@ def produce(
             )
             listed = indices_t + column.to(gl.int64) * blocks_q
             rows = (bh * group + g).to(gl.int64) * (blocks_q * TILE)
-            if masked == 0:
+            if later == 0:
                 for t in range(start, middle):
                     at = gl.load(listed + t // HALVES) * TILE + t % HALVES * ROWS
                     feed(
