@@ -12,9 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import afbs_compile.kernels.op  # noqa: F401  defines the op
 from afbs_compile.bench import baselines, checks, fa4, harness, problems
 from afbs_compile.bench.baselines import Call, Flex, Notes
 from afbs_compile.bench.problems import BLOCK_M, BLOCK_N, Lists, Problem
@@ -195,12 +197,14 @@ def whole_op(bench: Bench, problem: Problem) -> list[Row]:
 
 
 def whole(problem: Problem, tau: float) -> Call:
-    """The op."""
-    return functools.partial(
-        dispatch.attention, problem.q, problem.k, problem.v,
+    """The op as graphs call it, without gradients."""
+    mask = problem.mask
+    call: Call = functools.partial(
+        torch.ops.afbs.attention.default, problem.q, problem.k, problem.v,
         problems.policy(tau, problem.heads, problem.q.device),
-        mask=problem.mask, scale=problem.scale, selector="sub8",
+        mask.causal, mask.offset, mask.window, problem.scale, "sub8", 0,
     )  # fmt: skip
+    return call  # no input needs a gradient
 
 
 def host(bench: Bench, problem: Problem) -> list[Row]:

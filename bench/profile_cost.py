@@ -157,7 +157,6 @@ def swept(length: int, device: torch.device) -> Iterator[Row]:
 
 def main() -> int:
     """0 if every difference is below `AGREED`."""
-    profile.KERNELS = True
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", default="4096,32768", help="lengths, with commas")
     parser.add_argument("--sweep", action="store_true", help="try tiles of the walk instead")

@@ -282,10 +282,10 @@ def gpu_forward(
 def gpu_backward(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, block_m: int, block_n: int
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """The gradient kernels for a call on a GPU: Triton's, or Gluon's if they are switched on."""
+    """The gradient kernels for a call on a GPU: Gluon's on Hopper if they fit, else Triton's."""
     from afbs_compile.kernels import gluon_shim, triton_backward
 
-    if gluon_shim.BACKWARD and gluon_shim.available(q.device) is None:
+    if gluon_shim.available(q.device) is None:
         from afbs_compile.kernels import gluon_backward
 
         reason = gluon_backward.supported(q, k, v, scale=scale, block_m=block_m, block_n=block_n)

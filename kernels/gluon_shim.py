@@ -10,7 +10,6 @@ import torch
 
 KNOWN_TO_WORK = ((3, 6), (3, 7), (3, 8))
 HOPPER = (9, 0)
-BACKWARD = False  # whether `dispatch.backward` takes the Gluon kernels: no GPU has run them yet
 
 
 def available(device: torch.device | None = None) -> str | None:
