@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
+    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -94,6 +95,42 @@ def add_step(
 
 
 @gluon.jit
+def overlap(
+    k, v, q_s, do_s, lse2_s, delta_s, barriers, step, begin, dk, dv, scale_log2,
+    nothing, STAGES: gl.constexpr,
+):  # fmt: skip
+    """`add_step` without a mask, which leaves its last product under way.
+
+    It waits for that of the step before, when its own first two are in the queue.
+    """
+    q_full, q_empty, do_full, do_empty, rows_full = barriers
+    column: gl.constexpr = gl.SliceLayout(0, nothing.type.layout)
+    operand: gl.constexpr = gl.DotOperandLayout(0, dv.type.layout, 2)
+    at = step & (STAGES - 1)
+    phase = phase_of(step, STAGES)
+    q = q_s.index(at)
+    do = do_s.index(at)
+    mbarrier.wait(q_full.index(at), phase)
+    s_pending = warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    dk = warpgroup_mma_wait(1, deps=[dk])
+    mbarrier.arrive(q_empty.index((step - 1) & (STAGES - 1)), count=1, pred=step > begin)
+    mbarrier.wait(do_full.index(at), phase)
+    dp_pending = warpgroup_mma(v, do.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    mbarrier.wait(rows_full.index(at), phase)
+    minus_lse2 = lse2_s.index(at).load(column)
+    s = warpgroup_mma_wait(1, deps=[s_pending])
+    p = gl.exp2(gl.fma(s, scale_log2, minus_lse2[None, :]))
+    dv_pending = warpgroup_mma(gl.convert_layout(p.to(q_s.dtype), operand), do, dv, is_async=True)
+    delta = delta_s.index(at).load(column)
+    dp = warpgroup_mma_wait(1, deps=[dp_pending])
+    ds = p * (dp - delta[None, :])
+    dk = warpgroup_mma(gl.convert_layout(ds.to(q_s.dtype), operand), q, dk, is_async=True)
+    dv = warpgroup_mma_wait(1, deps=[dv_pending])
+    mbarrier.arrive(do_empty.index(at), count=1)
+    return dk, dv
+
+
+@gluon.jit
 def consume(
     dk_desc, dv_desc, k_s, v_s, q_s, do_s, lse2_s, delta_s, notes, plan, once, barriers, scale,
     scale_log2, tiling, site, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
@@ -119,11 +156,13 @@ def consume(
             k_s, v_s, q_s, do_s, lse2_s, delta_s, notes, barriers, step, dk, dv, n, scale_log2,
             nothing, site, STAGES, CAUSAL, True,
         )  # fmt: skip
+    dk_pending = warpgroup_mma_init(dk)
     for step in range(masked, steps):
-        dk, dv = add_step(
-            k_s, v_s, q_s, do_s, lse2_s, delta_s, notes, barriers, step, dk, dv, n, scale_log2,
-            nothing, site, STAGES, CAUSAL, False,
+        dk_pending, dv = overlap(
+            k_s, v_s, q_s, do_s, lse2_s, delta_s, barriers, step, masked, dk_pending, dv,
+            scale_log2, nothing, STAGES,
         )  # fmt: skip
+    dk = warpgroup_mma_wait(0, deps=[dk_pending])
     thread_barrier()  # all four warps have read k and v: the gradients take their place
     k_s.store((dk * scale).to(dk_desc.dtype))
     v_s.store(dv.to(dv_desc.dtype))

@@ -36,26 +36,34 @@ def place(batch_heads, blocks_k):
 
 @gluon.jit
 def split(counts_t, indices_t, column, first, head, site, blocks_q, CAUSAL: gl.constexpr):
-    """The list of a column in half blocks: the first one, where the mask ends, where it ends.
+    """The list of a column in half blocks: where steps without a mask start and end, and its ends.
 
     Queries that are not there need no mask: they are zeros with an lse of +inf. Of a block on the
-    diagonal the first half may see nothing.
+    diagonal the first half may see nothing: the list starts after it.
     """
-    reach, _ = head
+    reach, sink = head
     _, length_k, offset, window = site
     listed = indices_t + column.to(gl.int64) * blocks_q
     count = gl.load(counts_t + column)
     start = 0
-    masked = 0
+    whole = 0
     if CAUSAL:
         last = gl.minimum(first + BOX, length_k) - 1
         block = gl.load(listed, mask=count > 0, other=0)
         start = ((count > 0) & (block * TILE + ROWS - 1 + offset < first)).to(gl.int32)
-        while (masked < count) & (block * TILE + offset < last):
-            masked += 1
-            block = gl.load(listed + masked, mask=masked < count, other=0)
-    masked = gl.where((reach < NO_WINDOW) | (window < NO_WINDOW), count, masked)
-    return start, masked * HALVES, count * HALVES
+        while (whole < count) & (block * TILE + offset < last):
+            whole += 1
+            block = gl.load(listed + whole, mask=whole < count, other=0)
+    tail = count
+    near = gl.minimum(window, reach)
+    if (reach < NO_WINDOW) & (first < sink):  # some keys are seen by all, some by near queries
+        tail = whole
+    if (near < NO_WINDOW) & (tail > whole):
+        block = gl.load(listed + tail - 1)
+        while (tail > whole) & (block * TILE + TILE - 1 + offset - near >= first):
+            tail -= 1
+            block = gl.load(listed + tail - 1, mask=tail > whole, other=0)
+    return start, whole * HALVES, tail * HALVES, count * HALVES
 
 
 @gluon.jit
@@ -108,10 +116,10 @@ def produce(
     for g in range(group):
         head = own_window(policy, bh % kv_heads * group + g)
         column = (bh * group + g) * blocks_k + tile
-        start, middle, end = split(
+        start, whole, tail, end = split(
             counts_t, indices_t, column, first, head, site, blocks_q, CAUSAL
         )
-        masked_steps += middle - start
+        masked_steps += whole - start + end - tail
         steps += end - start
     put(plan.index(0), masked_steps)
     put(plan.index(1), steps)
@@ -122,13 +130,14 @@ def produce(
             h = bh % kv_heads * group + g
             head = own_window(policy, h)
             column = (bh * group + g) * blocks_k + tile
-            start, middle, end = split(
+            start, whole, tail, end = split(
                 counts_t, indices_t, column, first, head, site, blocks_q, CAUSAL
             )
             listed = indices_t + column.to(gl.int64) * blocks_q
             rows = (bh * group + g).to(gl.int64) * (blocks_q * TILE)
             if later == 0:
-                for t in range(start, middle):
+                for i in range(start, whole + end - tail):
+                    t = gl.where(i < whole, i, i + tail - whole)
                     at = gl.load(listed + t // HALVES) * TILE + t % HALVES * ROWS
                     feed(
                         q_desc, do_desc, q_s, do_s, lse2_s, delta_s, notes, barriers, lse2,
@@ -136,7 +145,7 @@ def produce(
                     )  # fmt: skip
                     step += 1
             else:
-                for t in range(middle, end):
+                for t in range(whole, tail):
                     at = gl.load(listed + t // HALVES) * TILE + t % HALVES * ROWS
                     feed(
                         q_desc, do_desc, q_s, do_s, lse2_s, delta_s, notes, barriers, lse2,
