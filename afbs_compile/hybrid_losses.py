@@ -1,7 +1,9 @@
 """How bad is a choice of windowed heads, as one number? Evaluations that are kept and shared.
 
-The loss is the mean over the tasks of what windowing costs, in units of what windowing every head
-costs (the anchors of BOSCH, arXiv 2604.05942): 0 is the dense model, 1 has no global head. An
+The loss is the geometric mean over the tasks of what windowing costs, in units of what windowing
+every head costs (the anchors of BOSCH, arXiv 2604.05942): 0 is the dense model, 1 has no global
+head. The arithmetic mean would be the cost on text: a question whose answer is lost without global
+heads costs hundreds of times as much then, so that good choices differ by nothing in its units. An
 evaluation is a job of a `Store`, one file a choice of heads: a search that was killed goes on, and
 processes that search the same thing share the work.
 """
@@ -21,6 +23,7 @@ from afbs_compile.tuner.heads import Bits, text
 from afbs_compile.tuner.tally import Stop
 
 OBJECTIVES = {"kl": "kl", "task": "surprise"}  # and the figure that each compares
+FLOOR = 1e-4  # of the anchor: less is noise, and must not buy a loss in another task
 LEAST = 1e-9  # nats: windowing that costs less costs nothing
 
 Figures = NDArray[np.float64]
@@ -102,7 +105,8 @@ class Losses:
         Raises:
             NothingToChoose: Windowing every head costs nothing.
         """
-        return float(np.mean(list(self.by_task(found).values())))
+        costs = np.array(list(self.by_task(found).values()))
+        return float(np.exp(np.log(np.maximum(costs, 0.0) + FLOOR).mean()) - FLOOR)
 
     def by_task(self, found: Figures) -> dict[str, float]:
         """The loss in every task.

@@ -96,6 +96,11 @@ def aligned(*tensors: Tensor) -> bool:
     return together % ALIGNMENT == 0
 
 
+def described(x: Tensor) -> tuple[Hashable, ...]:
+    """All of a tensor that may decide which compiled kernel reads it."""
+    return x.dtype, x.shape, x.stride(), aligned(x)
+
+
 def prepared(key: Hashable) -> Any:
     """The compiled kernel of an earlier launch with this key, or None; None while hooks listen."""
     return None if listened() else PREPARED.get(key)

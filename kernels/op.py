@@ -63,11 +63,11 @@ def attention(
             data=mask_of(data, (q.shape[2], k.shape[2])),
         ))  # fmt: skip
 
-    if data or not q.is_cuda:
+    if data or compensation != "none" or not q.is_cuda:
         return call()
     from afbs_compile.kernels import replay
 
-    site = causal, offset, window, scale, selector, min_length, compensation
+    site = causal, offset, window, scale, selector, min_length
     return replay.replayed(site, (q, k, v, policy), call)
 
 

@@ -174,8 +174,10 @@ def taped(recorder: Recorder, tensors: Sequence[Tensor], out: Tensor) -> Tape:
     if len(known) < len(tensors):
         raise Unsupported("two inputs begin at one address")
     known[result[0]] = len(tensors)
-    workspace = Workspace(memory, known, len(tensors) + 1)
-    return assembled(recorder.launched, workspace, out)
+    tape = assembled(recorder.launched, Workspace(memory, known, len(tensors) + 1), out)
+    if all(base != len(tensors) for base, _ in tape.places):
+        raise Unsupported("none of the kernels that were seen writes the output")
+    return tape
 
 
 class Workspace:

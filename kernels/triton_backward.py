@@ -7,7 +7,6 @@ oracle is `kernels.reference.backward`.
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from afbs_compile.kernels.boxes import Box, launch, readable
 from afbs_compile.kernels.geometry import Mask
-from afbs_compile.kernels.launch import aligned
+from afbs_compile.kernels.launch import aligned, described
 from afbs_compile.kernels.transpose import transposed
 from afbs_compile.kernels.triton_common import (
     LENGTHS,
@@ -116,11 +115,6 @@ class Call:
             TILE_M=tile_m, TILE_N=tile_n, CAUSAL=mask.causal, GROUP=heads // k.shape[1],
             BOXES=boxed, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
-
-
-def described(x: Tensor) -> tuple[Hashable, ...]:
-    """All of a tensor that may decide which compiled kernel reads it."""
-    return x.dtype, x.shape, x.stride(), aligned(x)
 
 
 def padded(head_dim: int) -> int:

@@ -12,8 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from afbs_compile.kernels.boxes import launch
 from afbs_compile.kernels.data_mask import DataMask
 from afbs_compile.kernels.geometry import Mask
+from afbs_compile.kernels.launch import described
 from afbs_compile.kernels.triton_common import (
     COLUMNS,
     LENGTHS,
@@ -26,7 +28,6 @@ from afbs_compile.kernels.triton_common import (
     WINDOW,
     WINDOWED,
     interpreted,
-    on_device,
     rows_contiguous,
     shared_memory_bytes,
     site_window,
@@ -282,16 +283,17 @@ def forward(
     o = o.transpose(1, 2)
     lse = torch.empty(batch, heads, length_q, dtype=torch.float32, device=q.device)
     parts = Parts.of(data, policy)
-    with on_device(q):
-        forward_kernel[(batch * heads * triton.cdiv(length_q, tile_m),)](
-            q, k, v, o, lse, counts, indices, policy, *parts.tensors, parts.bias,
-            scale * LOG2E,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
-            heads, heads // k.shape[1], length_q, k.shape[2], *indices.shape[-2:],
-            mask.offset, site_window(mask), *parts.strides, *parts.bias_strides,
-            D=head_dim, D_PADDED=padded, BLOCK_M=block_m, BLOCK_N=block_n, TILE_M=tile_m,
-            TILE_N=tile_n, CAUSAL=mask.causal,
-            **dict(zip(PRESENT, parts.present, strict=True)), HAS_BIAS=parts.biased,
-            num_warps=warps, num_stages=stages, enable_fp_fusion=True,
-        )  # fmt: skip
+    tensors = (q, k, v, o, lse, counts, indices, policy, *parts.tensors, parts.bias)
+    key = (mask, scale, block_m, block_n, *(described(x) for x in tensors), parts[1:3], parts[4:])
+    launch(
+        forward_kernel, key, q, batch * heads * triton.cdiv(length_q, tile_m),
+        (*tensors, scale * LOG2E,
+         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
+         heads, heads // k.shape[1], length_q, k.shape[2], *indices.shape[-2:],
+         mask.offset, site_window(mask), *parts.strides, *parts.bias_strides),
+        D=head_dim, D_PADDED=padded, BLOCK_M=block_m, BLOCK_N=block_n, TILE_M=tile_m,
+        TILE_N=tile_n, CAUSAL=mask.causal,
+        **dict(zip(PRESENT, parts.present, strict=True)), HAS_BIAS=parts.biased,
+        num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+    )  # fmt: skip
     return o.to(dtype), lse

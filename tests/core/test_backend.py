@@ -215,12 +215,13 @@ def test_disabled_by_the_environment(monkeypatch):
 
 
 def everything_kept(policy):
-    """The policy with tau = 1 in every head."""
+    """The policy with tau = 1, and in training a budget of 1, in every head."""
     tunings = []
     for tuning in policy.tunings:
         sites = {
             name: replace(
-                site, heads=tuple(replace(h, mode="sparse", tau=1.0) for h in site.heads)
+                site,
+                heads=tuple(replace(h, mode="sparse", tau=1.0, density=1.0) for h in site.heads),
             )
             for name, site in tuning.sites.items()
         }
@@ -403,14 +404,14 @@ def weight_gradients(model, run, x):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_training_is_sparse(device):
     """Tuned and rewritten on the first step; with every block kept, the gradients are SDPA's."""
-    length = 320 if device == "cpu" else 2048
+    length = 1024 if device == "cpu" else 2048
     model, x = Model().to(device), tokens(length).to(device)
     want = weight_gradients(model, model, x)
     compiled = torch.compile(model, backend="afbs", options=OPTIONS)
     ALIVE.append(compiled)
     sparse = weight_gradients(model, compiled, x)
     assert afbs_compile.explain().rewritten == 2
-    assert 0 < relative(sparse, want) < 0.5
+    assert 1e-3 < relative(sparse, want) < 0.5
     assert afbs_compile.use_policy(everything_kept(stored())) == 1
     assert relative(weight_gradients(model, compiled, x), want) < 1e-4
 
