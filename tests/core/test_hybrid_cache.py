@@ -439,7 +439,7 @@ def test_thresholds_belong_to_lengths():
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
-@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # torch 2.11, before the step is captured
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_decoding_on_a_gpu(mode):
