@@ -165,13 +165,12 @@ def forward_kernel(
         if DATA:
             shown = data_seen(
                 KEYS, Q_SEGMENTS, K_SEGMENTS, ELEMENTS, stride_keys, stride_qs, stride_ks,
-                stride_eb, stride_eh, stride_eq, stride_ek, b, h, i, n, i < length_q, wanted,
-                HAS_KEYS, HAS_SEGMENTS, HAS_ELEMENTS,
+                stride_eb, stride_eh, stride_eq, stride_ek, b, h, i[:, None], n[None, :],
+                (i < length_q)[:, None], shown, HAS_KEYS, HAS_SEGMENTS, HAS_ELEMENTS,
             )  # fmt: skip
             if HAS_BIAS:
-                bias = bias_tile(
-                    BIAS, stride_bb, stride_bh, stride_bq, stride_bk, b, h, i, n, shown
-                )
+                bias = bias_tile(BIAS, stride_bb, stride_bh, stride_bq, stride_bk, b, h,
+                                 i[:, None], n[None, :], shown)  # fmt: skip
                 shown &= bias > -float("inf")
             wanted &= tl.max(shown.to(tl.int32), 0) > 0
         kv_mask = wanted[:, None] & (d < D)[None, :]
@@ -191,11 +190,14 @@ def forward_kernel(
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     acc = acc / total[:, None]
+    lse_rows = LSE + (b * heads + h) * length_q + i
     if HAS_BIAS:
-        lse = tl.where(empty, -float("inf"), top + tl.log2(total) * LN2)
+        tl.store(lse_rows, top, mask=i < length_q)
+        lse_rows += (tl.num_programs(0) // tiles).to(tl.int64) * length_q
+        lse = tl.where(empty, -float("inf"), tl.log2(total) * LN2)
     else:
         lse = tl.where(empty, -float("inf"), (top + tl.log2(total)) * LN2)
-    tl.store(LSE + (b * heads + h) * length_q + i, lse, mask=i < length_q)
+    tl.store(lse_rows, lse, mask=i < length_q)
     o_rows = O + b * stride_ob + h * stride_oh + i.to(tl.int64)[:, None] * stride_ol
     tl.store(o_rows + d[None, :], acc.to(O.dtype.element_ty), mask=q_mask)
 
@@ -264,7 +266,8 @@ def forward(
 
     Returns:
         `o` in q's dtype, `[B, Hq, Lq, D]` over `[B, Lq, Hq, D]` memory, and `lse` fp32
-        `[B, Hq, Lq]`, natural log. A row that sees nothing is 0 with lse −inf.
+        `[B, Hq, Lq]`, natural log. A row that sees nothing is 0 with lse −inf. With a bias lse is
+        `[2, B, Hq, Lq]`, the largest score and what is added to it: a sum could lose the second.
     """
     if scale <= 0:  # the online softmax takes maxima before it scales
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
@@ -280,18 +283,18 @@ def forward(
     )
     o = torch.empty(batch, length_q, heads, head_dim, dtype=q.dtype, device=q.device)
     o = o.transpose(1, 2)
-    lse = torch.empty(batch, heads, length_q, dtype=torch.float32, device=q.device)
     parts = Parts.of(data, policy)
+    shape = ((2,) if parts.biased else ()) + (batch, heads, length_q)
+    lse = torch.empty(shape, dtype=torch.float32, device=q.device)
     with on_device(q):
         forward_kernel[(batch * heads * triton.cdiv(length_q, tile_m),)](
-            q, k, v, o, lse, counts, indices, policy, *parts.tensors, parts.bias,
-            scale * LOG2E,
+            q, k, v, o, lse, counts, indices, policy, *parts.tensors, parts.bias, scale * LOG2E,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
             heads, heads // k.shape[1], length_q, k.shape[2], *indices.shape[-2:],
             mask.offset, site_window(mask), *parts.strides, *parts.bias_strides,
             D=head_dim, D_PADDED=padded, BLOCK_M=block_m, BLOCK_N=block_n, TILE_M=tile_m,
-            TILE_N=tile_n, CAUSAL=mask.causal,
-            **dict(zip(PRESENT, parts.present, strict=True)), HAS_BIAS=parts.biased,
+            TILE_N=tile_n, CAUSAL=mask.causal, HAS_BIAS=parts.biased,
+            **dict(zip(PRESENT, parts.present, strict=True)),
             num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
     return o.to(dtype), lse
