@@ -50,8 +50,12 @@ def step_keys(list_row, t, count, BLOCK_N: tl.constexpr, TILE_N: tl.constexpr):
 
 @triton.jit
 def biased(s, bias, top, scale):
-    """Scores in base 2, less the row's largest: in this order, as the forward takes them."""
-    return above_hidden(s * scale + bias - top) * LOG2_E
+    """Scores in base 2, less the row's largest: in this order, as the forward takes them.
+
+    A pair that is not seen may lie far above that; `where` keeps NaN, `minimum` would not.
+    """
+    x = s * scale + bias - top
+    return above_hidden(tl.where(x > 0.0, 0.0, x)) * LOG2_E
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, *MASK_STRIDES, *BIAS_STRIDES])
