@@ -11,7 +11,6 @@ and device only, which the host knows: no synchronisation.
 """
 
 import logging
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -289,13 +288,3 @@ def dense(
         q, k, v, attn_mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return blinded(o, v, data, mask)
-
-
-def flops(
-    q_shape: tuple[int, ...], k_shape: tuple[int, ...], *, causal: bool, density: float = 1.0
-) -> int:
-    """Multiply-adds ×2 of QKᵀ and PV over the visible pairs, times `density`."""
-    batch, heads, length_q, dim = q_shape
-    pairs = length_q * k_shape[2]
-    share = 0.5 if causal and length_q == k_shape[2] else 1.0
-    return math.ceil(4 * batch * heads * dim * pairs * share * density)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from afbs_compile.kernels import dispatch, mask_arguments, refusals, train_op
+from afbs_compile.kernels.flops import flops
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.kernels.mask_arguments import mask_of
 
@@ -73,7 +74,7 @@ def attention_flops(
     **keywords: Any,
 ) -> int:
     """Upper bound for `torch.utils.flop_counter`: the density is known to the device only."""
-    return dispatch.flops(q_shape, k_shape, causal=causal)
+    return flops(q_shape, k_shape, causal=causal)
 
 
 def attention_autograd(

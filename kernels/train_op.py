@@ -13,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from afbs_compile.kernels import dispatch
 from afbs_compile.kernels.blind import blind_gradients, blinded
+from afbs_compile.kernels.flops import flops
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.kernels.mask_arguments import SCHEMA, mask_of
 from afbs_compile.kernels.policy_columns import LAMBDA
@@ -160,7 +161,7 @@ def train_flops(
     **keywords: Any,
 ) -> int:
     """Upper bound, as `attention_flops`."""
-    return dispatch.flops(q_shape, k_shape, causal=causal)
+    return flops(q_shape, k_shape, causal=causal)
 
 
 def backward_flops(
@@ -170,7 +171,7 @@ def backward_flops(
     policy_shape: tuple[int, ...], causal: bool, *rest: Any, **keywords: Any,
 ) -> int:  # fmt: skip
     """Upper bound: five matrix products where the forward has two."""
-    return 5 * dispatch.flops(q_shape, k_shape, causal=causal) // 2
+    return 5 * flops(q_shape, k_shape, causal=causal) // 2
 
 
 def register(library: Any) -> None:

@@ -168,9 +168,18 @@ def statistics(o: Tensor, do: Tensor, lse: Tensor, length: int) -> tuple[Tensor,
     return lse2, delta
 
 
+def roomy(tiling: tuple[int, int, int, int], parts: Parts) -> tuple[int, int, int, int]:
+    """A tiling of `dq_kernel` that leaves registers to the mask's tile, so that none spill."""
+    if not parts.any:
+        return tiling
+    tile_m, tile_n, warps, stages = tiling
+    vector = parts.present == (True, False, False) and not parts.biased  # keys alone
+    return tile_m, min(tile_n, 64 if vector else 32), warps, stages
+
+
 def query_gradient(call: Call, counts: Tensor, indices: Tensor) -> Tensor:
     """Gradient of q, over the lists of the forward."""
-    dq, tiling = empty_rows(call.q), call.tiling(dq_tiling)
+    dq, tiling = empty_rows(call.q), roomy(call.tiling(dq_tiling), call.parts)
     batch, heads, length_q, _ = call.q.shape
     programs = batch * heads * -(-length_q // tiling[0])
     # a box is a part of one listed block: a step of two blocks is read through pointers
@@ -183,6 +192,8 @@ def query_gradient(call: Call, counts: Tensor, indices: Tensor) -> Tensor:
 def key_gradients(call: Call, counts: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of k and v, over the transposed lists of the forward."""
     dk, dv, tiling = empty_rows(call.k), empty_rows(call.k), call.tiling(dkdv_tiling)
+    if call.parts.any and tiling[0] * tiling[1] >= 64 * 64:  # the mask's tile takes registers too
+        tiling = *tiling[:2], 8, tiling[3]
     batch, kv_heads, length_k, _ = call.k.shape
     programs = batch * kv_heads * -(-length_k // tiling[1])
     lists, more = transposed(counts, indices), (batch * kv_heads,)

@@ -21,7 +21,7 @@ from afbs_compile.kernels.triton_common import (
 )
 from afbs_compile.kernels.triton_dq import biased
 from afbs_compile.kernels.triton_forward import load_rows
-from afbs_compile.kernels.triton_mask import BIAS_STRIDES, MASK_STRIDES, bias_tile, data_seen
+from afbs_compile.kernels.triton_seen import BIAS_STRIDES, MASK_STRIDES, bias_tile, data_seen
 
 NO_WINDOW = tl.constexpr(UNLIMITED)
 EARLY = tl.constexpr(1)  # key tiles at the start that hold the sink, which every query lists
@@ -163,15 +163,14 @@ def dkdv_kernel(
             bias, top = 0.0, delta
             if DATA:
                 i = at + lane
-                seen = data_seen(
+                seen &= data_seen(
                     KEYS, Q_SEGMENTS, K_SEGMENTS, ELEMENTS, stride_keys, stride_qs, stride_ks,
-                    stride_eb, stride_eh, stride_eq, stride_ek, b, h.to(tl.int64), i[None, :],
-                    n[:, None], (i < length_q)[None, :], (n < length_k)[:, None] & seen,
-                    HAS_KEYS, HAS_SEGMENTS, HAS_ELEMENTS,
+                    stride_eb, stride_eh, stride_eq, stride_ek, b, h.to(tl.int64), i, n,
+                    i < length_q, n < length_k, HAS_KEYS, HAS_SEGMENTS, HAS_ELEMENTS, True,
                 )  # fmt: skip
                 if HAS_BIAS:
                     bias = bias_tile(BIAS, stride_bb, stride_bh, stride_bq, stride_bk, b,
-                                     h.to(tl.int64), i[None, :], n[:, None], seen)  # fmt: skip
+                                     h.to(tl.int64), i, n, seen, True)  # fmt: skip
                     seen &= bias > -float("inf")
                     top = tl.load(TOP + (b * heads + h) * length_q + i, i < length_q, 0.0)
             dk, dv = step_gradients(k, v, q, do, lse2, delta, dk, dv, seen, scale_log2, True,

@@ -13,7 +13,6 @@ import triton.language as tl
 from afbs_compile.kernels.triton_common import (
     COLUMNS,
     LENGTHS,
-    LOG2E,
     MODE,
     SINK,
     UNLIMITED,
@@ -21,15 +20,15 @@ from afbs_compile.kernels.triton_common import (
     WINDOWED,
 )
 from afbs_compile.kernels.triton_forward import load_rows, whole_blocks
-from afbs_compile.kernels.triton_mask import (
+from afbs_compile.kernels.triton_seen import (
     BIAS_STRIDES,
+    LOG2_E,
     MASK_STRIDES,
     above_hidden,
     bias_tile,
     data_seen,
 )
 
-LOG2_E = tl.constexpr(LOG2E)
 NO_WINDOW = tl.constexpr(UNLIMITED)
 GONE = tl.constexpr(UNLIMITED)  # position of a key that is not there
 
@@ -147,12 +146,13 @@ def dq_kernel(
         if DATA:
             shown = data_seen(
                 KEYS, Q_SEGMENTS, K_SEGMENTS, ELEMENTS, stride_keys, stride_qs, stride_ks,
-                stride_eb, stride_eh, stride_eq, stride_ek, b, h, i[:, None], n[None, :],
-                (i < length_q)[:, None], wanted[None, :], HAS_KEYS, HAS_SEGMENTS, HAS_ELEMENTS,
+                stride_eb, stride_eh, stride_eq, stride_ek, b, h, i, n, i < length_q, wanted,
+                HAS_KEYS, HAS_SEGMENTS, HAS_ELEMENTS,
             )  # fmt: skip
             if HAS_BIAS:
-                bias = bias_tile(BIAS, stride_bb, stride_bh, stride_bq, stride_bk, b, h,
-                                 i[:, None], n[None, :], shown)  # fmt: skip
+                bias = bias_tile(
+                    BIAS, stride_bb, stride_bh, stride_bq, stride_bk, b, h, i, n, shown
+                )
                 shown &= bias > -float("inf")
             wanted &= tl.max(shown.to(tl.int32), 0) > 0
         kv_mask = wanted[:, None] & (d < D)[None, :]

@@ -31,18 +31,17 @@ from afbs_compile.kernels.triton_common import (
     shared_memory_bytes,
     site_window,
 )
-from afbs_compile.kernels.triton_mask import (
+from afbs_compile.kernels.triton_mask import PRESENT, Parts
+from afbs_compile.kernels.triton_seen import (
     BIAS_STRIDES,
+    LOG2_E,
     MASK_STRIDES,
-    PRESENT,
-    Parts,
     above_hidden,
     bias_tile,
     data_seen,
 )
 
 NO_WINDOW = tl.constexpr(UNLIMITED)
-LOG2_E = tl.constexpr(LOG2E)
 
 
 @triton.jit
@@ -165,12 +164,13 @@ def forward_kernel(
         if DATA:
             shown = data_seen(
                 KEYS, Q_SEGMENTS, K_SEGMENTS, ELEMENTS, stride_keys, stride_qs, stride_ks,
-                stride_eb, stride_eh, stride_eq, stride_ek, b, h, i[:, None], n[None, :],
-                (i < length_q)[:, None], shown, HAS_KEYS, HAS_SEGMENTS, HAS_ELEMENTS,
+                stride_eb, stride_eh, stride_eq, stride_ek, b, h, i, n, i < length_q, wanted,
+                HAS_KEYS, HAS_SEGMENTS, HAS_ELEMENTS,
             )  # fmt: skip
             if HAS_BIAS:
-                bias = bias_tile(BIAS, stride_bb, stride_bh, stride_bq, stride_bk, b, h,
-                                 i[:, None], n[None, :], shown)  # fmt: skip
+                bias = bias_tile(
+                    BIAS, stride_bb, stride_bh, stride_bq, stride_bk, b, h, i, n, shown
+                )
                 shown &= bias > -float("inf")
             wanted &= tl.max(shown.to(tl.int32), 0) > 0
         kv_mask = wanted[:, None] & (d < D)[None, :]
@@ -293,8 +293,7 @@ def forward(
             heads, heads // k.shape[1], length_q, k.shape[2], *indices.shape[-2:],
             mask.offset, site_window(mask), *parts.strides, *parts.bias_strides,
             D=head_dim, D_PADDED=padded, BLOCK_M=block_m, BLOCK_N=block_n, TILE_M=tile_m,
-            TILE_N=tile_n, CAUSAL=mask.causal, HAS_BIAS=parts.biased,
-            **dict(zip(PRESENT, parts.present, strict=True)),
-            num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+            TILE_N=tile_n, CAUSAL=mask.causal, **dict(zip(PRESENT, parts.present, strict=True)),
+            HAS_BIAS=parts.biased, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
     return o.to(dtype), lse

@@ -17,14 +17,18 @@ from torch import Tensor
 from afbs_compile.kernels import bias as biases
 from afbs_compile.kernels.data_mask import DataMask
 from afbs_compile.kernels.geometry import Mask
-from afbs_compile.kernels.triton_common import LENGTHS, LN2, LOG2E, LOWEST, on_device, site_window
+from afbs_compile.kernels.triton_common import LENGTHS, LN2, LOWEST, on_device, site_window
+from afbs_compile.kernels.triton_seen import (
+    BIAS_STRIDES,
+    HIDDEN,
+    LOG2_E,
+    MASK_STRIDES,
+    above_hidden,
+    bias_tile,
+    data_seen,
+)
 
-STRIDES = ["stride_keys", "stride_qs", "stride_ks"]
-MASK_STRIDES = [*STRIDES, "stride_eb", "stride_eh", "stride_eq", "stride_ek"]
-BIAS_STRIDES = ["stride_bb", "stride_bh", "stride_bq", "stride_bk"]
 PRESENT = ("HAS_KEYS", "HAS_SEGMENTS", "HAS_ELEMENTS")
-LOG2_E = tl.constexpr(LOG2E)
-HIDDEN = tl.constexpr(biases.HIDDEN)
 FLOOR = tl.constexpr(biases.FLOOR)
 ROWS, COLUMNS = 32, 128  # of a tile of a bias whose rows are looked at
 NEEDED = 4  # added to the state of a block that must not be dropped
@@ -87,42 +91,6 @@ def bytes_of(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype == torch.bool else x.long()
 
 
-@triton.jit
-def data_seen(
-    KEYS, Q_SEGMENTS, K_SEGMENTS, ELEMENTS, stride_keys, stride_qs, stride_ks,
-    stride_eb, stride_eh, stride_eq, stride_ek, b, h, i, j, i_mask, j_mask,
-    HAS_KEYS: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_ELEMENTS: tl.constexpr,
-):  # fmt: skip
-    """Which of the pairs (i, j) the data mask shows; false outside `i_mask` and `j_mask`.
-
-    Queries and keys broadcast together: `i` is a column and `j` a row, or the other way round.
-    """
-    seen = i_mask & j_mask
-    if HAS_KEYS:
-        seen &= tl.load(KEYS + b * stride_keys + j, j_mask, 0) != 0
-    if HAS_SEGMENTS:
-        own = tl.load(Q_SEGMENTS + b * stride_qs + i, i_mask, 0)
-        seen &= own == tl.load(K_SEGMENTS + b * stride_ks + j, j_mask, 0)
-    if HAS_ELEMENTS:
-        rows = ELEMENTS + b * stride_eb + h * stride_eh + i.to(tl.int64) * stride_eq
-        seen &= tl.load(rows + j.to(tl.int64) * stride_ek, seen, 0) != 0
-    return seen
-
-
-@triton.jit
-def bias_tile(BIAS, stride_bb, stride_bh, stride_bq, stride_bk, b, h, i, j, seen):
-    """What is added to the scores of the pairs (i, j), fp32; −inf where they are not seen."""
-    rows = BIAS + b * stride_bb + h * stride_bh + i.to(tl.int64) * stride_bq
-    tile = tl.load(rows + j.to(tl.int64) * stride_bk, seen, -float("inf"))
-    return tile.to(tl.float32)
-
-
-@triton.jit
-def above_hidden(x):
-    """A difference of scores, at least `HIDDEN`: times log2(e) the lowest would be −inf."""
-    return tl.where(x < HIDDEN, HIDDEN, x)
-
-
 @triton.jit(do_not_specialize=[*LENGTHS[2:4], *LENGTHS[6:], *MASK_STRIDES, *BIAS_STRIDES,
                                "heads_of_mask"])  # fmt: skip
 def first_kernel(
@@ -138,21 +106,21 @@ def first_kernel(
     b = bh // heads_of_mask
     h = bh % heads_of_mask
     i = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = i[:, None]
     first_live = tl.zeros([BLOCK_M], tl.int32) + length_k
     first_seen = tl.zeros([BLOCK_M], tl.int32) + length_k
     for start in range(0, length_k, BLOCK_N):
-        j = (start + tl.arange(0, BLOCK_N))[None, :]
+        j = start + tl.arange(0, BLOCK_N)
         seen = data_seen(
-            KEYS, Q_SEGMENTS, K_SEGMENTS, ELEMENTS, stride_keys, stride_qs, stride_ks, stride_eb,
-            stride_eh, stride_eq, stride_ek, b, h, rows, j, rows < length_q, j < length_k,
+            KEYS, Q_SEGMENTS, K_SEGMENTS, ELEMENTS, stride_keys, stride_qs, stride_ks,
+            stride_eb, stride_eh, stride_eq, stride_ek, b, h, i, j, i < length_q, j < length_k,
             HAS_KEYS, HAS_SEGMENTS, HAS_ELEMENTS,
         )  # fmt: skip
         if CAUSAL:
-            seen &= (j <= rows + offset) & (j > rows + offset - window)
-        x = bias_tile(BIAS, stride_bb, stride_bh, stride_bq, stride_bk, b, h, rows, j, seen)
-        live = tl.where(x > HIDDEN, j, length_k)
-        some = tl.where(x > -float("inf"), j, length_k)
+            at = i[:, None] + offset
+            seen &= (j[None, :] <= at) & (j[None, :] > at - window)
+        x = bias_tile(BIAS, stride_bb, stride_bh, stride_bq, stride_bk, b, h, i, j, seen)
+        live = tl.where(x > HIDDEN, j[None, :], length_k)
+        some = tl.where(x > -float("inf"), j[None, :], length_k)
         first_live = tl.minimum(first_live, tl.min(live, 1))
         first_seen = tl.minimum(first_seen, tl.min(some, 1))
     alive = first_live < length_k
@@ -176,20 +144,20 @@ def states_kernel(
     j_block = (pid % blocks_k).to(tl.int32)
     i_block = (pid // blocks_k % blocks_q).to(tl.int32)
     bh = pid // blocks_k // blocks_q
-    i = (i_block * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-    j = (j_block * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    i = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = j_block * BLOCK_N + tl.arange(0, BLOCK_N)
     seen = data_seen(
         KEYS, Q_SEGMENTS, K_SEGMENTS, ELEMENTS, stride_keys, stride_qs, stride_ks,
         stride_eb, stride_eh, stride_eq, stride_ek, bh // heads_of_mask, bh % heads_of_mask,
         i, j, i < length_q, j < length_k, HAS_KEYS, HAS_SEGMENTS, HAS_ELEMENTS,
     )  # fmt: skip
     if CAUSAL:
-        seen &= (j <= i + offset) & (j > i + offset - window)
+        seen &= (j[None, :] <= i[:, None] + offset) & (j[None, :] > i[:, None] + offset - window)
     if HAS_BIAS:
         b = bh // heads_of_mask
         h = bh % heads_of_mask
         x = bias_tile(BIAS, stride_bb, stride_bh, stride_bq, stride_bk, b, h, i, j, seen)
-        live = tl.load(LIVE + bh * length_q + i, i < length_q, 0) != 0
+        live = tl.load(LIVE + bh * length_q + i, i < length_q, 0)[:, None] != 0
         seen &= ((x > HIDDEN) & live) | ((x > -float("inf")) & (live == 0))
     count = tl.sum(tl.sum(seen.to(tl.int32), 1), 0)
     if HAS_BIAS:
