@@ -24,8 +24,8 @@ STEPS: tuple[tuple[str, str], ...] = (
     (r"no kernel for dtype", "use float32, float16 or bfloat16"),
     (r"head dim \d+ is outside", "no kernel takes it; the call stays SDPA"),
     (r"needs gradients.*backward with", "train with compensation='none'"),
-    (r"needs gradients.*depends on data", "run under torch.no_grad(), or train on packed texts "
-                                           "without a mask"),
+    (r"needs gradients.*added to the scores", "freeze the mask (requires_grad_(False)), or run "
+                                              "under torch.no_grad()"),
     (r"depend on data with compensation", "set compensation='none'"),
     (r"needs gradients", "run under torch.no_grad(), or train on a GPU"),
     (r"^short", "set min_length lower if it should be sparse all the same"),

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from afbs_compile.kernels.dispatch import NO_MASKED_BACKWARD, no_data_mask
+from afbs_compile.kernels.refusals import no_data_mask
 from afbs_compile.options import disabled
 from afbs_compile.passes import guard
 
@@ -39,18 +39,11 @@ def refusal(
         or guard.shape_refusal(enable_gqa, tensors)
         or guard.dtype_refusal(tensors)
         or guard.gradient_refusal(tensors, compensation)
-        or (masked_refusal(tensors, compensation) if masked else None)
+        or (no_data_mask(compensation) if masked else None)
     )
     if reason is None and not torch.compiler.is_compiling():
         return guard.length_refusal(q.shape[2], min_length)
     return reason
-
-
-def masked_refusal(tensors: list[Tensor], compensation: str) -> str | None:
-    """Why a call cannot have a mask that depends on data."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return f"needs gradients: {NO_MASKED_BACKWARD} (run under torch.no_grad)"
-    return no_data_mask(compensation)
 
 
 def transformed(tensors: list[Tensor]) -> str | None:

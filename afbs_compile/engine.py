@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 import afbs_compile.kernels.op  # noqa: F401  registers the op
 from afbs_compile.calls import refusal
-from afbs_compile.kernels.dispatch import no_backward
 from afbs_compile.kernels.geometry import Mask
+from afbs_compile.kernels.refusals import no_backward
 from afbs_compile.options import Options, disabled
 from afbs_compile.policy import Policy, bucket_of
 from afbs_compile.report import JOURNAL, SiteReport

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 import afbs_compile.kernels.op  # noqa: F401  registers the op
 from afbs_compile import logs
 from afbs_compile.calls import refusal
-from afbs_compile.kernels.dispatch import kernel_of
+from afbs_compile.kernels.on_gpu import kernel_of
 from afbs_compile.options import MIN_LENGTH
 from afbs_compile.policy import Policy
 from afbs_compile.policy_op import fixed_source, site_at, site_source

@@ -18,7 +18,7 @@ from afbs_compile import policy_tensor
 from afbs_compile.hybrid_layout import Span
 from afbs_compile.hybrid_store import tokens_held, view
 from afbs_compile.kernels import op  # noqa: F401  registers afbs::attention
-from afbs_compile.kernels.dispatch import unsupported
+from afbs_compile.kernels.refusals import unsupported
 from afbs_compile.policy import Site, Tuning
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from afbs_compile.calibrate import describe
-from afbs_compile.kernels.dispatch import kernel_of
+from afbs_compile.kernels.on_gpu import kernel_of
 from afbs_compile.passes.rewrite import Site
 from afbs_compile.passes.sites import value
 from afbs_compile.policy import Tuning

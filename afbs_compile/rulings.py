@@ -10,8 +10,8 @@ from torch import Tensor
 
 from afbs_compile.checks import mean_known
 from afbs_compile.kernels.data_mask import ELEMENTS
-from afbs_compile.kernels.dispatch import kernel_of
 from afbs_compile.kernels.geometry import Mask
+from afbs_compile.kernels.on_gpu import kernel_of
 from afbs_compile.policy import Site as SitePolicy
 from afbs_compile.policy_tensor import to_tensor
 from afbs_compile.report import SiteReport

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from afbs_compile.ahead import Input, call
 from afbs_compile.backend import standing_reason
 from afbs_compile.calibrate import describe
-from afbs_compile.kernels.dispatch import kernel_of
+from afbs_compile.kernels.on_gpu import kernel_of
 from afbs_compile.options import Options
 from afbs_compile.passes.plan import plan
 from afbs_compile.passes.rewrite import Site

@@ -20,7 +20,7 @@ import afbs_compile.kernels.op  # noqa: F401  defines the op
 from afbs_compile.bench import baselines, checks, fa4, harness, problems
 from afbs_compile.bench.baselines import Call, Flex, Notes
 from afbs_compile.bench.problems import BLOCK_M, BLOCK_N, Lists, Problem
-from afbs_compile.kernels import dispatch
+from afbs_compile.kernels import on_gpu
 from afbs_compile.kernels.lists import from_keep
 
 SELECTORS = ("sub8", "sub4", "mean")
@@ -111,7 +111,7 @@ def right(problem: Problem, case: str, lists: Lists, call: Call) -> Call:
 
 def forward(bench: Bench, problem: Problem) -> list[Row]:
     """Attention over given lists: random blocks of 128 x 64 and the diagonal."""
-    chosen = dispatch.gpu_forward(problem.q, problem.k, problem.v, **BLOCKS)
+    chosen = on_gpu.gpu_forward(problem.q, problem.k, problem.v, **BLOCKS)
     base = dense(bench, problem)
     rows = []
     for kept in bench.kept:
@@ -141,7 +141,7 @@ def portable(problem: Problem, lists: Lists) -> Call:
 
 def forward_coarse(bench: Bench, problem: Problem) -> list[Row]:
     """The same with blocks of 128 x 128, which FlashAttention-4 can read as well."""
-    chosen = dispatch.gpu_forward(problem.q, problem.k, problem.v, **BLOCKS)
+    chosen = on_gpu.gpu_forward(problem.q, problem.k, problem.v, **BLOCKS)
     base = dense(bench, problem)
     rows: list[Row] = []
     for kept in bench.kept:
@@ -181,7 +181,7 @@ def selection(bench: Bench, problem: Problem) -> list[Row]:
 
 def whole_op(bench: Bench, problem: Problem) -> list[Row]:
     """Selection and attention, as a model runs them, at the tau that keeps about so much."""
-    chosen = dispatch.gpu_forward(problem.q, problem.k, problem.v, **BLOCKS)
+    chosen = on_gpu.gpu_forward(problem.q, problem.k, problem.v, **BLOCKS)
     base = dense(bench, problem)
     rows = []
     for kept in bench.kept:
@@ -209,7 +209,7 @@ def whole(problem: Problem, tau: float) -> Call:
 
 def host(bench: Bench, problem: Problem) -> list[Row]:
     """What a call costs the host, in Python and in launches."""
-    chosen = dispatch.gpu_forward(problem.q, problem.k, problem.v, **BLOCKS)
+    chosen = on_gpu.gpu_forward(problem.q, problem.k, problem.v, **BLOCKS)
     tau, lists = problems.tau_for(problem, 0.25)
     policy = problems.policy(tau, problem.heads, problem.q.device)
     calls: dict[str, Callable[[], Any]] = {

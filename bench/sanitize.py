@@ -15,7 +15,7 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # one allocation a tensor: o
 import torch
 from torch import Tensor
 
-from afbs_compile.kernels import dispatch, reference
+from afbs_compile.kernels import dispatch, on_gpu, reference
 from afbs_compile.kernels import policy_columns as col
 from afbs_compile.kernels.geometry import Mask
 
@@ -69,7 +69,7 @@ def run(site: tuple[int, int, Mask], dim: int, selector: str, device: str) -> di
     qf, kf, vf = leaves = [x.detach().float().requires_grad_() for x in (q, k, v)]
     wanted, _ = reference.forward(qf, kf, vf, counts, indices, rows, **call, **blocks)
     errors = {}
-    chosen = dispatch.gpu_forward(q, k, v, **blocks)
+    chosen = on_gpu.gpu_forward(q, k, v, **blocks)
     for kernel in {chosen, triton_forward.forward}:
         o, lse = kernel(q, k, v, counts, indices, rows, **call, **blocks)
         errors[f"{kernel.__module__.rpartition('.')[2]}"] = differ(o, wanted)

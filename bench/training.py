@@ -14,7 +14,7 @@ from afbs_compile.bench import baselines, checks, harness, problems
 from afbs_compile.bench.baselines import Call, Way, block_mask, tried
 from afbs_compile.bench.cases import BLOCKS, Bench, Row, kernel_of, present, timed
 from afbs_compile.bench.problems import Lists, Problem
-from afbs_compile.kernels import dispatch
+from afbs_compile.kernels import dispatch, on_gpu
 from afbs_compile.kernels.lists import from_keep
 
 PLAIN = Way("default", False)  # autotuning a backward takes minutes
@@ -95,7 +95,7 @@ def ours_on(
     problem: Problem, do: Tensor, differentiate: Callable[..., Gradients]
 ) -> tuple[Callable[..., Any], Callable[..., Gradients]]:
     """Our forward `(lists) -> (o, lse)` and our backward `(lists, o, lse) -> gradients`."""
-    run = dispatch.gpu_forward(problem.q, problem.k, problem.v, **BLOCKS)
+    run = on_gpu.gpu_forward(problem.q, problem.k, problem.v, **BLOCKS)
     everything = problems.policy(1.0, problem.heads, problem.q.device)
     tensors = (problem.q, problem.k, problem.v)
     site: dict[str, Any] = {"mask": problem.mask, "scale": problem.scale}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from afbs_compile.kernels import op as attention_op
-from afbs_compile.kernels.dispatch import unsupported
+from afbs_compile.kernels.refusals import unsupported
 
 WAVES = 4  # programs for each multiprocessor that the longest heads are split into
 MOST_SPLITS = 128

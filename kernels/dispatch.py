@@ -10,8 +10,6 @@ Calls shorter than `min_length` go to SDPA: there is nothing to win. The choice 
 and device only, which the host knows: no synchronisation.
 """
 
-import logging
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,28 +23,14 @@ from afbs_compile.kernels.blind import blinded
 from afbs_compile.kernels.data_mask import DataMask, MaskedBlocks, blocked
 from afbs_compile.kernels.fused import fused
 from afbs_compile.kernels.geometry import Mask, site_tokens
+from afbs_compile.kernels.on_gpu import gpu_backward, gpu_forward
+from afbs_compile.kernels.refusals import no_data_mask
 from afbs_compile.kernels.scores import sub_scores
-
-LOGGER = logging.getLogger(__name__)
-HEAD_DIMS = range(32, 257)
-NO_MASKED_BACKWARD = "no backward under a mask that depends on data"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def block_sizes(device_type: str) -> tuple[int, int]:
     """`(block_m, block_n)` in tokens that the kernels of a device use."""
     return (128, 64) if device_type == "cuda" else (64, 64)
-
-
-def unsupported(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why no kernel can run such a call, or None if one can."""
-    if device_type not in ("cpu", "cuda"):
-        return f"no kernel for device type {device_type!r}"
-    if dtype not in DTYPES:
-        return f"no kernel for dtype {dtype}"
-    if not HEAD_DIMS.start <= head_dim < HEAD_DIMS.stop:  # `in` will not do for a SymInt
-        return f"head dim {head_dim} is outside {HEAD_DIMS.start}..{HEAD_DIMS.stop - 1}"
-    return None
 
 
 def attention(
@@ -111,23 +95,35 @@ def on_cpu(
     data: DataMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention` without a GPU: `o`, and how many blocks each query block visited."""
-    block_m, block_n = block_sizes(q.device.type)
-    masked = blocked(data, mask, q.shape[2], k.shape[2], block_m=block_m, block_n=block_n)
-    counts, indices = selection.select(
-        q, k, policy, mask=mask, scale=scale, selector=selector, block_m=block_m, block_n=block_n,
-        core=fused_scores(q, k, selector, masked), masked=masked,
-    )  # fmt: skip
-    beside = None
-    if tangent:
-        beside = tangents.attend(
-            q, k, v, counts, indices, policy,
-            mask=mask, scale=scale, block_m=block_m, block_n=block_n,
-        )  # fmt: skip
-    site: dict[str, Any] = {"mask": mask, "scale": scale, "block_m": block_m, "block_n": block_n}
-    lists = (counts, indices, policy)
+    site = site_of(q, mask, scale)
+    masked, counts, indices = chosen(q, k, policy, selector, data, site)
+    tensors = q, k, v, counts, indices, policy
+    beside = tangents.attend(*tensors, **site) if tangent else None
     if data is not None and data.bias is not None:  # Inductor gets a `score_mod` wrong that reads
-        return pairs.forward(q, k, v, *lists, data=data, **site)[0], counts
-    return flex.forward(q, k, v, *lists, beside=beside, masked=masked, **site), counts
+        return pairs.forward(*tensors, data=data, **site)[0], counts
+    return flex.forward(*tensors, beside=beside, masked=masked, **site), counts
+
+
+def site_of(q: Tensor, mask: Mask, scale: float) -> dict[str, Any]:
+    """What kernels are told of a site beside its tensors."""
+    block_m, block_n = block_sizes(q.device.type)
+    return {"mask": mask, "scale": scale, "block_m": block_m, "block_n": block_n}
+
+
+def chosen(
+    q: Tensor,
+    k: Tensor,
+    policy: Tensor,
+    selector: str,
+    data: DataMask | None,
+    site: dict[str, Any],
+) -> tuple[MaskedBlocks | None, Tensor, Tensor]:
+    """Selection without a GPU: what a data mask makes of the blocks, and the block lists."""
+    sizes = {"block_m": site["block_m"], "block_n": site["block_n"]}
+    masked = blocked(data, site["mask"], q.shape[2], k.shape[2], **sizes)
+    core = fused_scores(q, k, selector, masked)
+    return masked, *selection.select(q, k, policy, selector=selector, core=core, masked=masked,
+                                     **site)  # fmt: skip
 
 
 def select_and_attend(
@@ -144,33 +140,27 @@ def select_and_attend(
     """`attention` with what its backward needs beside o.
 
     Returns:
-        `o`, `lse` fp32 `[B, Hq, Lq]`, and the block lists `counts` and `indices`.
+        `o` in which blind rows are 0, `lse` fp32 `[B, Hq, Lq]`, with a bias `[2, B, Hq, Lq]` (see
+        `triton_forward.forward`), and the block lists `counts` and `indices`.
     """
-    block_m, block_n = block_sizes(q.device.type)
-    blocks = {"block_m": block_m, "block_n": block_n}
-    if data is None and by_pairs(q.device.type):
-        counts, indices = selection.select(
-            q, k, policy, mask=mask, scale=scale, selector=selector,
-            block_m=block_m, block_n=block_n, core=fused_scores(q, k, selector),
-        )  # fmt: skip
-        lists = counts, indices, policy
-        o, lse = pairs.forward(
-            q, k, v, *lists, mask=mask, scale=scale, block_m=block_m, block_n=block_n
-        )
+    site = site_of(q, mask, scale)
+    if by_pairs(q.device.type):
+        _, counts, indices = chosen(q, k, policy, selector, data, site)
+        o, lse = pairs.forward(q, k, v, counts, indices, policy, data=data, **site)
         return o, lse, counts, indices
     from afbs_compile.kernels import triton_selection
 
     counts, indices, counter = triton_selection.select_counted(
-        q, k, policy, mask=mask, scale=scale, selector=selector, data=data, **blocks
+        q, k, policy, selector=selector, data=data, **site
     )
     more: dict[str, Tensor | DataMask] = {"counter": counter}
     if data is None:
-        run = gpu_forward(q, k, v, **blocks)
+        run = gpu_forward(q, k, v, block_m=site["block_m"], block_n=site["block_n"])
     else:
         from afbs_compile.kernels import triton_forward
 
         run, more = triton_forward.forward, {"data": data}
-    o, lse = run(q, k, v, counts, indices, policy, mask=mask, scale=scale, **more, **blocks)
+    o, lse = run(q, k, v, counts, indices, policy, **more, **site)
     return o, lse, counts, indices
 
 
@@ -189,29 +179,8 @@ def compensated(
     """What `select_and_attend` returns, with the tangents of the dropped blocks taken in."""
     from afbs_compile.kernels import triton_compensation
 
-    block_m, block_n = block_sizes(q.device.type)
-    return triton_compensation.compensate(
-        o, lse, q, k, v, counts, indices, policy,
-        mask=mask, scale=scale, block_m=block_m, block_n=block_n,
-    )[0]  # fmt: skip
-
-
-def no_data_mask(compensation: str) -> str | None:
-    """Why calls whose mask depends on data cannot run, or None if they can."""
-    if compensation != "none":
-        return f"no masks that depend on data with compensation {compensation!r}"
-    return None
-
-
-def no_compensated_backward(compensation: str) -> str | None:
-    """Why calls with a compensation cannot be differentiated, or None if they can."""
-    return None if compensation == "none" else f"no backward with compensation {compensation!r}"
-
-
-def no_backward(device_type: str) -> str | None:
-    """Why calls on a device cannot be differentiated, or None if they can."""
-    known = device_type in ("cpu", "cuda")
-    return None if known else f"no backward on {device_type.upper()}"
+    site = site_of(q, mask, scale)
+    return triton_compensation.compensate(o, lse, q, k, v, counts, indices, policy, **site)[0]
 
 
 def by_pairs(device_type: str) -> bool:
@@ -232,67 +201,18 @@ def backward(
     *,
     mask: Mask,
     scale: float,
+    data: DataMask | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `select_and_attend` with its blocks held fixed: `dq`, `dk`, `dv`."""
-    block_m, block_n = block_sizes(q.device.type)
+    """Gradients of `select_and_attend` with its blocks held fixed: `dq`, `dk`, `dv`.
+
+    What blind rows hold in `o` counts for nothing: their gradients are `blind.blind_gradients`.
+    """
     run = pairs.backward
     if not by_pairs(q.device.type):
-        run = gpu_backward(q, k, v, scale=scale, block_m=block_m, block_n=block_n)
-    return run(
-        do, q, k, v, o, lse, counts, indices, policy,
-        mask=mask, scale=scale, block_m=block_m, block_n=block_n,
-    )  # fmt: skip
-
-
-def kernel_of(
-    device: torch.device, dtype: torch.dtype, head_dim: int, data_mask: bool = False
-) -> str:
-    """The attention kernel for such calls, in words, and why it is not the fastest one."""
-    if device.type != "cuda":
-        return "FlexAttention"
-    from afbs_compile.kernels import gluon_shim
-
-    reason = gluon_shim.available(device)
-    if reason is None and dtype not in (torch.float16, torch.bfloat16):
-        reason = f"Gluon takes half precision, not {dtype}"
-    if reason is None and head_dim not in (64, 128):
-        reason = f"Gluon takes head dims 64 and 128, not {head_dim}"
-    if reason is None and data_mask:
-        reason = "Gluon takes no mask that depends on data"
-    return "Gluon" if reason is None else f"Triton: {reason}"
-
-
-def gpu_forward(
-    q: Tensor, k: Tensor, v: Tensor, *, block_m: int, block_n: int
-) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The attention kernel for a call on a GPU: Gluon's on Hopper where it fits, else Triton's."""
-    from afbs_compile.kernels import gluon_shim, triton_forward
-
-    reason = gluon_shim.available(q.device)
-    if reason is None:
-        from afbs_compile.kernels import gluon_forward
-
-        reason = gluon_forward.supported(q, k, v, block_m=block_m, block_n=block_n)
-        if reason is None:
-            return gluon_forward.forward
-    LOGGER.debug("Triton instead of Gluon: %s", reason)
-    return triton_forward.forward
-
-
-def gpu_backward(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, block_m: int, block_n: int
-) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """The gradient kernels for a call on a GPU: Gluon's on Hopper if they fit, else Triton's."""
-    from afbs_compile.kernels import gluon_shim, triton_backward
-
-    if gluon_shim.available(q.device) is None:
-        from afbs_compile.kernels import gluon_backward
-
-        reason = gluon_backward.supported(q, k, v, scale=scale, block_m=block_m, block_n=block_n)
-        if reason is None:
-            return gluon_backward.backward
-        LOGGER.debug("Triton's backward instead of Gluon's: %s", reason)
-    return triton_backward.backward
+        block_m, block_n = block_sizes(q.device.type)
+        run = gpu_backward(q, k, v, scale=scale, data=data, block_m=block_m, block_n=block_n)
+    more: dict[str, Any] = {} if data is None else {"data": data}
+    return run(do, q, k, v, o, lse, counts, indices, policy, **more, **site_of(q, mask, scale))
 
 
 def fused_scores(
@@ -331,13 +251,3 @@ def dense(
         q, k, v, attn_mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return blinded(o, v, data, mask)
-
-
-def flops(
-    q_shape: tuple[int, ...], k_shape: tuple[int, ...], *, causal: bool, density: float = 1.0
-) -> int:
-    """Multiply-adds ×2 of QKᵀ and PV over the visible pairs, times `density`."""
-    batch, heads, length_q, dim = q_shape
-    pairs = length_q * k_shape[2]
-    share = 0.5 if causal and length_q == k_shape[2] else 1.0
-    return math.ceil(4 * batch * heads * dim * pairs * share * density)

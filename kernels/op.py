@@ -6,17 +6,16 @@ models read it. Where a gradient is needed it calls `afbs::attention_train` of `
 which keeps what a backward reads.
 """
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from afbs_compile.kernels import dispatch, train_op
-from afbs_compile.kernels.blind import ZERO
-from afbs_compile.kernels.data_mask import DataMask, gathered
+from afbs_compile.kernels import dispatch, mask_arguments, refusals, train_op
+from afbs_compile.kernels.flops import flops
 from afbs_compile.kernels.geometry import Mask
+from afbs_compile.kernels.mask_arguments import mask_of
 from afbs_compile.kernels.train_op import as_rows
 
 BIAS = 13  # the place of a bias among the arguments after v
@@ -24,9 +23,7 @@ LIBRARY: Any = torch.library.Library("afbs", "DEF")  # type: ignore[no-untyped-c
 LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor policy, bool causal, SymInt offset, "
     "int window, float scale, str selector, int min_length, str compensation='none', "
-    "Tensor? keys=None, Tensor? q_segments=None, Tensor? k_segments=None, Tensor? elements=None, "
-    "str blind='zero', Tensor? bias=None"
-    ") -> Tensor",
+    f"{mask_arguments.SCHEMA}) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -47,7 +44,7 @@ def attention(
 ) -> Tensor:
     """Real implementation; arguments as in `kernels.dispatch.attention`.
 
-    `data` is as in `mask_of`.
+    `data` is as in `mask_arguments.mask_of`.
 
     Raises:
         ValueError: Batches of q, k and v, or lengths of k and v, differ.
@@ -71,20 +68,6 @@ def attention(
     return replay.replayed(site, (q, k, v, policy), call)
 
 
-def mask_of(data: Sequence[Tensor | str | None], lengths: tuple[int, int]) -> DataMask | None:
-    """The mask that comes with a call.
-
-    Args:
-        data: The op's arguments after `compensation`: parts as `data_mask.gathered` takes them,
-            and what a blind row is before the last of them. The dispatcher leaves trailing ones
-            out that are defaults.
-        lengths: Lq and Lk.
-    """
-    masks = [*data[:4], *(None,) * (4 - len(data)), *data[5:]]
-    parts = [x for x in masks if not isinstance(x, str)]
-    return gathered(parts, lengths, str(data[4]) if len(data) > 4 else ZERO)
-
-
 def attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     """Shape, dtype and strides of the result."""
     return train_op.rows_like(q)
@@ -100,7 +83,7 @@ def attention_flops(
     **keywords: Any,
 ) -> int:
     """Upper bound for `torch.utils.flop_counter`: the density is known to the device only."""
-    return dispatch.flops(q_shape, k_shape, causal=causal)
+    return flops(q_shape, k_shape, causal=causal)
 
 
 def attention_autograd(
@@ -120,28 +103,28 @@ def attention_autograd(
     """Run what needs no gradient below autograd, everything else through the training op.
 
     Raises:
-        RuntimeError: An input needs a gradient on a device, with a compensation, or under a mask
-            that depends on data, without a backward.
+        RuntimeError: An input needs a gradient on a device or with a compensation without a
+            backward, or the bias does.
     """
     site = causal, offset, window, scale, selector
-    parts = [x for x in data if isinstance(x, Tensor)]
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *parts))):
+    biased = any(isinstance(x, Tensor) and x.requires_grad for x in data)
+    needed = biased or any(x.requires_grad for x in (q, k, v))
+    if not (torch.is_grad_enabled() and needed):
         with torch._C._AutoDispatchBelowAutograd(), torch.no_grad():
             run = torch.ops.afbs.attention
             return cast(Tensor, run(q, k, v, policy, *site, min_length, compensation, *data))
     if q.shape[2] < min_length:
-        seen = mask_of(data, (q.shape[2], k.shape[2]))
-        out = dispatch.dense(q, k, v, mask=Mask(causal, offset, window), scale=scale, data=seen)
+        parts = mask_of(data, (q.shape[2], k.shape[2]))
+        out = dispatch.dense(q, k, v, mask=Mask(causal, offset, window), scale=scale, data=parts)
         return as_rows(out)
-    reason = dispatch.no_backward(q.device.type) or dispatch.no_compensated_backward(compensation)
-    if parts:
-        reason = dispatch.NO_MASKED_BACKWARD
+    reason = refusals.no_backward(q.device.type) or refusals.no_compensated_backward(compensation)
+    reason = refusals.NO_BIAS_GRADIENT if biased else reason
     if reason is not None:
         raise RuntimeError(
             f"afbs::attention has {reason}: call it under torch.no_grad() or "
             "torch.inference_mode(), or use scaled_dot_product_attention for training"
         )
-    return cast(Tensor, torch.ops.afbs.attention_train(q, k, v, policy, *site)[0])
+    return cast(Tensor, torch.ops.afbs.attention_train(q, k, v, policy, *site, *data)[0])
 
 
 def attention_autocast(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:

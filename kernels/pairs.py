@@ -18,6 +18,7 @@ from afbs_compile.kernels.flex import limits
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.kernels.lists import to_keep
 
+LOWEST = torch.finfo(torch.float32).min  # finite: −inf minus it is −inf, not NaN
 MOST_PAIRS = 2048  # at once: 32 MB for each `[pairs, 64, 64]` in fp32
 
 
@@ -64,21 +65,27 @@ def forward(
     block_n: int,
     data: DataMask | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over block lists; arguments and results as in `kernels.reference.forward`."""
-    o, lse = blocks_like(q, block_m), blocks_like(q[..., :1], block_m)[..., 0]
-    lse.fill_(-math.inf)
+    """Attention over block lists; arguments as in `kernels.reference.forward`.
+
+    Returns:
+        `o` and `lse` as there; with a bias lse in its two parts, as `triton_forward.forward`.
+    """
+    o, tops = blocks_like(q, block_m), blocks_like(q[..., :1], block_m)[..., 0]
+    sums_log = tops.fill_(-math.inf).clone()
     for b, h, _, tile in tiles(q, k, v, counts, indices, policy, mask, block_m, block_n, data):
         s = tile.scores(scale)
         rows = tile.n[:, None].expand(-1, block_m)
-        top = lse[b, h].clone().scatter_reduce(0, rows, s.amax(2), "amax")
+        top = tops[b, h].clone().scatter_reduce(0, rows, s.amax(2), "amax")
         top = top.masked_fill(top == -math.inf, 0)
         p = torch.exp(s - top[tile.n][..., None])
         total = torch.zeros_like(top).index_add(0, tile.n, p.sum(2))
         sums = torch.zeros_like(o[b, h]).index_add(0, tile.n, p @ tile.v)
         here = torch.unique_consecutive(tile.n)
         o[b, h, here] = (sums / total.clamp(min=1e-30)[..., None])[here]
-        lse[b, h, here] = (top + total.log())[here]
-    return whole(o, q).to(q.dtype), whole(lse, q)
+        tops[b, h, here], sums_log[b, h, here] = top[here], total.log()[here]
+    found = whole(tops, q), whole(sums_log, q)
+    lse = found[0] + found[1] if data is None or data.bias is None else torch.stack(found)
+    return whole(o, q).to(q.dtype), lse
 
 
 def backward(
@@ -96,6 +103,7 @@ def backward(
     scale: float,
     block_m: int,
     block_n: int,
+    data: DataMask | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `forward` with its blocks held fixed: `dq`, `dk`, `dv` in the inputs' dtypes.
 
@@ -104,11 +112,13 @@ def backward(
     dq, dk, dv = blocks_like(q, block_m), blocks_like(k, block_n), blocks_like(v, block_n)
     dos = in_blocks(do.float(), block_m)
     delta = in_blocks((do.float() * o.float()).sum(-1, keepdim=True), block_m)
-    lses = in_blocks(lse.clamp(min=-1e30)[..., None], block_m)
-    for b, h, kv, tile in tiles(q, k, v, counts, indices, policy, mask, block_m, block_n):
-        p = torch.exp(tile.scores(scale) - lses[b, h, tile.n])
+    tops, sums_log = lse if lse.dim() == 4 else (torch.zeros_like(lse), lse)
+    tops, sums_log = (in_blocks(x.clamp(min=LOWEST)[..., None], block_m) for x in (tops, sums_log))
+    for b, h, kv, tile in tiles(q, k, v, counts, indices, policy, mask, block_m, block_n, data):
+        p = torch.exp(tile.scores(scale) - tops[b, h, tile.n] - sums_log[b, h, tile.n])
         out = dos[b, h, tile.n]
         ds = p * (out @ tile.v.transpose(1, 2) - delta[b, h, tile.n]) * scale
+        ds = ds.masked_fill(~tile.seen, 0)  # not 0 * NaN: a row that sees nothing may be NaN
         dq[b, h].index_add_(0, tile.n, ds @ tile.k)
         dk[b, kv].index_add_(0, tile.j, ds.transpose(1, 2) @ tile.q)
         dv[b, kv].index_add_(0, tile.j, p.transpose(1, 2) @ out)

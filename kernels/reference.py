@@ -87,6 +87,7 @@ def backward(
     scale: float,
     block_m: int,
     block_n: int,
+    data: DataMask | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `forward`, by autograd: `dq`, `dk`, `dv` in fp32.
 
@@ -96,7 +97,7 @@ def backward(
     with torch.enable_grad():
         o, _ = forward(
             q, k, v, counts, indices, policy,
-            mask=mask, scale=scale, block_m=block_m, block_n=block_n,
+            mask=mask, scale=scale, block_m=block_m, block_n=block_n, data=data,
         )  # fmt: skip
         dq, dk, dv = torch.autograd.grad(o, (q, k, v), do.float())
     return dq, dk, dv

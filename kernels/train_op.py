@@ -12,18 +12,22 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from afbs_compile.kernels import dispatch
+from afbs_compile.kernels.blind import blind_gradients, blinded
+from afbs_compile.kernels.flops import flops
 from afbs_compile.kernels.geometry import Mask
+from afbs_compile.kernels.mask_arguments import SCHEMA, mask_of
 from afbs_compile.kernels.policy_columns import LAMBDA
 
 SITE = "Tensor policy, bool causal, SymInt offset, int window, float scale"
 TRAIN = (
-    f"attention_train(Tensor q, Tensor k, Tensor v, {SITE}, str selector)"
+    f"attention_train(Tensor q, Tensor k, Tensor v, {SITE}, str selector, {SCHEMA})"
     " -> (Tensor o, Tensor lse, Tensor counts, Tensor indices)"
 )
 BACKWARD = (
     "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
-    f"Tensor counts, Tensor indices, {SITE}) -> (Tensor dq, Tensor dk, Tensor dv)"
+    f"Tensor counts, Tensor indices, {SITE}, {SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
+BIAS = 11  # the place of a bias among the arguments of `attention_train` after v
 Gradients = tuple[Tensor, Tensor, Tensor]
 Saved = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -44,16 +48,19 @@ def train(
     window: int,
     scale: float,
     selector: str,
+    *data: Tensor | str | None,
 ) -> Saved:
     """Forward; results as in `dispatch.select_and_attend`. No head skips by lambda.
 
-    The backward takes every listed block for visited.
+    The backward takes every listed block for visited. `data` is as in `mask_arguments.mask_of`.
     """
     policy = policy.clone()
     policy[:, LAMBDA] = -math.inf
+    mask, parts = Mask(causal, offset, window), mask_of(data, (q.shape[2], k.shape[2]))
     o, lse, counts, indices = dispatch.select_and_attend(
-        q, k, v, policy, mask=Mask(causal, offset, window), scale=scale, selector=selector
+        q, k, v, policy, mask=mask, scale=scale, selector=selector, data=parts
     )
+    o = blinded(o, v, parts, mask)
     # selection may put both lists into one memory; an op's results must have each their own
     return as_rows(o), lse.contiguous(), counts.clone(), indices.clone()
 
@@ -63,9 +70,11 @@ def train_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Saved:
     batch, heads, length_q, _ = q.shape
     block_m, block_n = dispatch.block_sizes(q.device.type)
     blocks_q, blocks_k = -(-length_q // block_m), -(-k.shape[2] // block_n)
+    biased = len(rest) > BIAS and rest[BIAS] is not None
+    parts = (2,) if biased else ()
     return (
         rows_like(q),
-        q.new_empty((batch, heads, length_q), dtype=torch.float32),
+        q.new_empty((*parts, batch, heads, length_q), dtype=torch.float32),
         q.new_empty((batch, heads, blocks_q), dtype=torch.int32),
         q.new_empty((batch, heads, blocks_q, blocks_k), dtype=torch.int32),
     )
@@ -85,13 +94,15 @@ def backward(
     offset: int,
     window: int,
     scale: float,
+    *data: Tensor | str | None,
 ) -> Gradients:
-    """Gradients; arguments as in `dispatch.backward`."""
+    """Gradients; arguments as in `dispatch.backward`, `data` as in `mask_arguments.mask_of`."""
+    mask, parts = Mask(causal, offset, window), mask_of(data, (q.shape[2], k.shape[2]))
     with torch.autocast(q.device.type, enabled=False):  # a backward may be called in a region
-        dq, dk, dv = dispatch.backward(
-            do, q, k, v, o, lse, counts, indices, policy,
-            mask=Mask(causal, offset, window), scale=scale,
-        )  # fmt: skip
+        found = dispatch.backward(
+            do, q, k, v, o, lse, counts, indices, policy, mask=mask, scale=scale, data=parts
+        )
+        dq, dk, dv = blind_gradients(found, do, q, k, v, parts, mask, scale)
     return as_rows(dq), as_rows(dk), as_rows(dv)
 
 
@@ -107,19 +118,23 @@ def backward_fake(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Gr
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: Saved) -> None:
     """Save what the backward reads."""
-    q, k, v, policy, causal, offset, window, scale, _ = inputs
-    ctx.save_for_backward(q, k, v, *output, policy)
-    ctx.site = causal, offset, window, scale
+    q, k, v, policy, causal, offset, window, scale, _, *data = inputs
+    *masks, blind, bias = data
+    ctx.save_for_backward(q, k, v, *output, policy, *masks, bias)
+    ctx.site, ctx.blind = (causal, offset, window, scale), blind
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # zeros as large as the lists, for nobody
 
 
 def differentiate(ctx: Any, do: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k and v where they are wanted; none of the policy and the site."""
-    none = (None,) * 6
+    """Gradients of q, k and v where they are wanted; none of the policy, the site, the mask."""
+    none = (None,) * (len(ctx.needs_input_grad) - 3)
     if do is None:
         return (None, None, None, *none)
-    found = torch.ops.afbs.attention_backward(do, *ctx.saved_tensors, *ctx.site)
+    *tensors, keys, q_segments, k_segments, elements, bias = ctx.saved_tensors
+    found = torch.ops.afbs.attention_backward(
+        do, *tensors, *ctx.site, keys, q_segments, k_segments, elements, ctx.blind, bias
+    )
     wanted = zip(cast(Gradients, found), ctx.needs_input_grad, strict=False)
     return (*(x if needed else None for x, needed in wanted), *none)
 
@@ -146,7 +161,7 @@ def train_flops(
     **keywords: Any,
 ) -> int:
     """Upper bound, as `attention_flops`."""
-    return dispatch.flops(q_shape, k_shape, causal=causal)
+    return flops(q_shape, k_shape, causal=causal)
 
 
 def backward_flops(
@@ -156,7 +171,7 @@ def backward_flops(
     policy_shape: tuple[int, ...], causal: bool, *rest: Any, **keywords: Any,
 ) -> int:  # fmt: skip
     """Upper bound: five matrix products where the forward has two."""
-    return 5 * dispatch.flops(q_shape, k_shape, causal=causal) // 2
+    return 5 * flops(q_shape, k_shape, causal=causal) // 2
 
 
 def register(library: Any) -> None:

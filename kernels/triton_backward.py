@@ -7,6 +7,7 @@ oracle is `kernels.reference.backward`.
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from afbs_compile.kernels.boxes import Box, launch, readable
+from afbs_compile.kernels.data_mask import DataMask
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.kernels.launch import aligned, described
 from afbs_compile.kernels.transpose import transposed
@@ -29,6 +31,7 @@ from afbs_compile.kernels.triton_common import (
 )
 from afbs_compile.kernels.triton_dkdv import dkdv_kernel, dkdv_tiling
 from afbs_compile.kernels.triton_dq import dq_kernel, dq_tiling
+from afbs_compile.kernels.triton_mask import PRESENT, Parts
 
 ROWS = 32  # queries of one program of `statistics_kernel`
 BASE2 = tl.constexpr(LOG2E)
@@ -67,6 +70,8 @@ class Call:
         q, k, v, do, policy, scale, mask, block_m, block_n: See `backward`.
         lse2: lse in base 2, `[B, Hq, NQ * block_m]`.
         delta: do · o, `[B, Hq, NQ * block_m]`.
+        parts: The part of the mask that comes with the call.
+        top: Largest score of every query, `[B, Hq, Lq]`, lse2 counted from it; read with a bias.
     """
 
     q: Tensor
@@ -80,6 +85,8 @@ class Call:
     scale: float
     block_m: int
     block_n: int
+    parts: Parts
+    top: Tensor
 
     def tiling(self, choose: Any) -> tuple[int, int, int, int]:
         """`choose` is `dq_tiling` or `dkdv_tiling`."""
@@ -95,7 +102,7 @@ class Call:
         lists: tuple[Tensor, Tensor], more: tuple[int, ...] = (),
     ) -> None:  # fmt: skip
         """Launch a gradient kernel; it reads `stream` in boxes of `rows` rows if it can."""
-        q, k, v, do, mask = self.q, self.k, self.v, self.do, self.mask
+        q, k, v, do, mask, parts = self.q, self.k, self.v, self.do, self.mask, self.parts
         boxed = rows > 0 and all(readable(x) for x in stream)
         boxes = [Box(x, rows) if boxed else None for x in stream]
         tile_m, tile_n, warps, stages = tiling
@@ -104,17 +111,29 @@ class Call:
         key = (
             tiling, boxed, mask, self.scale, self.block_m, self.block_n, aligned(*lists),
             aligned(self.policy), *(y for x in (q, k, v, do) for y in described(x)),
+            *self.described_mask(),
         )  # fmt: skip
         launch(
             kernel, key, q, programs,
             (q, k, v, do, *outputs, *boxes, self.lse2, self.delta, *lists, self.policy,
-             self.scale, self.scale * LOG2E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-             *do.stride()[:3], *outputs[0].stride()[:3], *more, heads, length_q, k.shape[2],
-             *blocks, mask.offset, site_window(mask)),
+             self.scale, self.scale * LOG2E,
+             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
+             *outputs[0].stride()[:3], *more, heads, length_q, k.shape[2], *blocks,
+             mask.offset, site_window(mask),
+             *parts.tensors, parts.bias, self.top, *parts.strides, *parts.bias_strides),
             D=head_dim, D_PADDED=padded(head_dim), BLOCK_M=self.block_m, BLOCK_N=self.block_n,
             TILE_M=tile_m, TILE_N=tile_n, CAUSAL=mask.causal, GROUP=heads // k.shape[1],
-            BOXES=boxed, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+            BOXES=boxed, **dict(zip(PRESENT, parts.present, strict=True)), HAS_BIAS=parts.biased,
+            num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
+
+    def described_mask(self) -> tuple[Hashable, ...]:
+        """All of the mask that may decide which compiled kernel reads it."""
+        parts = self.parts
+        if not parts.any:
+            return ()
+        tensors = (*parts.tensors, parts.bias, self.top)
+        return parts.present, parts.biased, *(y for x in tensors for y in described(x))
 
 
 def padded(head_dim: int) -> int:
@@ -144,9 +163,18 @@ def statistics(o: Tensor, do: Tensor, lse: Tensor, length: int) -> tuple[Tensor,
     return lse2, delta
 
 
+def roomy(tiling: tuple[int, int, int, int], parts: Parts) -> tuple[int, int, int, int]:
+    """A tiling of `dq_kernel` that leaves registers to the mask's tile, so that none spill."""
+    if not parts.any:
+        return tiling
+    tile_m, tile_n, warps, stages = tiling
+    vector = parts.present == (True, False, False) and not parts.biased  # keys alone
+    return tile_m, min(tile_n, 64 if vector else 32), warps, stages
+
+
 def query_gradient(call: Call, counts: Tensor, indices: Tensor) -> Tensor:
     """Gradient of q, over the lists of the forward."""
-    dq, tiling = empty_rows(call.q), call.tiling(dq_tiling)
+    dq, tiling = empty_rows(call.q), roomy(call.tiling(dq_tiling), call.parts)
     batch, heads, length_q, _ = call.q.shape
     programs = batch * heads * -(-length_q // tiling[0])
     # a box is a part of one listed block: a step of two blocks is read through pointers
@@ -159,6 +187,8 @@ def query_gradient(call: Call, counts: Tensor, indices: Tensor) -> Tensor:
 def key_gradients(call: Call, counts: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of k and v, over the transposed lists of the forward."""
     dk, dv, tiling = empty_rows(call.k), empty_rows(call.k), call.tiling(dkdv_tiling)
+    if call.parts.any and tiling[0] * tiling[1] >= 64 * 64:  # the mask's tile takes registers too
+        tiling = *tiling[:2], 8, tiling[3]
     batch, kv_heads, length_k, _ = call.k.shape
     programs = batch * kv_heads * -(-length_k // tiling[1])
     lists, more = transposed(counts, indices), (batch * kv_heads,)
@@ -182,6 +212,7 @@ def backward(
     scale: float,
     block_m: int,
     block_n: int,
+    data: DataMask | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `triton_forward.forward`; no host synchronisation, the same bits on every run.
 
@@ -191,7 +222,7 @@ def backward(
         k: `[B, Hkv, Lk, D]`; Hkv divides Hq.
         v: `[B, Hkv, Lk, D]`.
         o: The forward's output.
-        lse: The forward's lse, fp32 `[B, Hq, Lq]`.
+        lse: The forward's lse, fp32 `[B, Hq, Lq]`, with a bias in two parts.
         counts: int32 `[B, Hq, NQ]` (see `kernels.lists`).
         indices: int32 `[B, Hq, NQ, NK]`.
         policy: float32 `[Hq, COLUMNS]`; windows and sinks of windowed heads are read.
@@ -199,6 +230,7 @@ def backward(
         scale: Multiplier on q·k, of any sign.
         block_m: Query block, tokens; a power of two from 16 on.
         block_n: Key block, tokens; a power of two from 16 on.
+        data: The part of the mask that comes with the call; looked at in every listed block.
 
     Returns:
         `dq`, `dk`, `dv` in the dtypes of q, k and v, `[B, H, L, D]` over `[B, L, H, D]` memory.
@@ -209,9 +241,11 @@ def backward(
     if interpreted() and q.dtype == torch.bfloat16:  # the interpreter's bf16 tl.dot is wrong
         q, k, v, do, o = (x.float() for x in (q, k, v, do, o))
     q, k, v, do = (rows_contiguous(x) for x in (q, k, v, do))
-    lse2, delta = statistics(o, do, lse, indices.shape[2] * block_m)
     policy = policy.contiguous()
-    call = Call(q, k, v, do, policy, lse2, delta, mask, scale, block_m, block_n)
+    parts = Parts.of(data, policy)
+    top, lse = lse.contiguous() if parts.biased else (policy, lse)
+    lse2, delta = statistics(o, do, lse, indices.shape[2] * block_m)
+    call = Call(q, k, v, do, policy, lse2, delta, mask, scale, block_m, block_n, parts, top)
     dq = query_gradient(call, counts, indices)
     dk, dv = key_gradients(call, counts, indices)
     return dq.to(dtypes[0]), dk.to(dtypes[1]), dv.to(dtypes[2])

@@ -19,7 +19,9 @@ from afbs_compile.kernels.triton_common import (
     WINDOW,
     WINDOWED,
 )
+from afbs_compile.kernels.triton_dq import biased
 from afbs_compile.kernels.triton_forward import load_rows
+from afbs_compile.kernels.triton_seen import BIAS_STRIDES, MASK_STRIDES, bias_tile, data_seen
 
 NO_WINDOW = tl.constexpr(UNLIMITED)
 EARLY = tl.constexpr(1)  # key tiles at the start that hold the sink, which every query lists
@@ -55,10 +57,16 @@ def partial_blocks(list_row, count, blind, last_n, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def step_gradients(k, v, q, do, lse2, delta, dk, dv, seen, scale_log2, MASKED: tl.constexpr):
+def step_gradients(
+    k, v, q, do, lse2, delta, dk, dv, seen, scale_log2, MASKED: tl.constexpr,
+    bias, top, scale, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
     """Add what a tile of queries gives to dk and dv; pairs lie as `[keys, queries]`."""
     s = tl.dot(k, tl.trans(q), input_precision="ieee")
-    p = tl.exp2(s * scale_log2 - lse2[None, :])
+    x = s * scale_log2
+    if HAS_BIAS:
+        x = biased(s, bias, top[None, :], scale)
+    p = tl.exp2(x - lse2[None, :])
     if MASKED:
         p = tl.where(seen, p, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
@@ -70,16 +78,20 @@ def step_gradients(k, v, q, do, lse2, delta, dk, dv, seen, scale_log2, MASKED: t
     return dk, dv
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "batch_heads"])
+@triton.jit(do_not_specialize=[*LENGTHS, *MASK_STRIDES, *BIAS_STRIDES, "batch_heads"])
 def dkdv_kernel(
     Q, K, V, DO, DK, DV, Q_BOX, DO_BOX, LSE2, DELTA, COUNTS_T, INDICES_T, POLICY, scale,
     scale_log2, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl,
     stride_vb, stride_vh, stride_vl, stride_db, stride_dh, stride_dl,
     stride_gb, stride_gh, stride_gl, batch_heads,
     heads, length_q, length_k, blocks_q, blocks_k, offset, window,
+    KEYS, Q_SEGMENTS, K_SEGMENTS, ELEMENTS, BIAS, TOP,
+    stride_keys, stride_qs, stride_ks, stride_eb, stride_eh, stride_eq, stride_ek,
+    stride_bb, stride_bh, stride_bq, stride_bk,
     D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
-    BOXES: tl.constexpr,
+    BOXES: tl.constexpr, HAS_KEYS: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
+    HAS_ELEMENTS: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of `TILE_N` keys and values of one head; all of them lie in one key block."""
     bh, tile = place(tl.program_id(0), batch_heads, tl.cdiv(length_k, TILE_N))
@@ -100,6 +112,7 @@ def dkdv_kernel(
     dv = tl.zeros([TILE_N, D_PADDED], tl.float32)
     PARTS: tl.constexpr = BLOCK_M // TILE_M
     lane = tl.arange(0, TILE_M)
+    DATA: tl.constexpr = HAS_KEYS or HAS_SEGMENTS or HAS_ELEMENTS or HAS_BIAS
 
     for g in range(0, GROUP):
         h = kv_head * GROUP + g
@@ -120,6 +133,8 @@ def dkdv_kernel(
         if CAUSAL:
             start = partial_blocks(list_row, count, -offset, last, BLOCK_M)
         start = tl.where(windowed | (window < NO_WINDOW), count, start)
+        if DATA:  # every block is looked at
+            start = count
         tail = tl.load(list_row + count - 1, mask=count > 0, other=0) * BLOCK_M + BLOCK_M
         end = tl.maximum(start, tl.where(tail > length_q, count - 1, count))
         for t in tl.range(0, (start + count - end) * PARTS):
@@ -145,7 +160,21 @@ def dkdv_kernel(
             lse2 = tl.load(LSE2 + statistics + at + lane)
             delta = tl.load(DELTA + statistics + at + lane)
             seen = (lane[None, :] >= lowest[:, None]) & (lane[None, :] <= highest[:, None])
-            dk, dv = step_gradients(k, v, q, do, lse2, delta, dk, dv, seen, scale_log2, True)
+            bias, top = 0.0, delta
+            if DATA:
+                i = at + lane
+                seen &= data_seen(
+                    KEYS, Q_SEGMENTS, K_SEGMENTS, ELEMENTS, stride_keys, stride_qs, stride_ks,
+                    stride_eb, stride_eh, stride_eq, stride_ek, b, h.to(tl.int64), i, n,
+                    i < length_q, n < length_k, HAS_KEYS, HAS_SEGMENTS, HAS_ELEMENTS, True,
+                )  # fmt: skip
+                if HAS_BIAS:
+                    bias = bias_tile(BIAS, stride_bb, stride_bh, stride_bq, stride_bk, b,
+                                     h.to(tl.int64), i, n, seen, True)  # fmt: skip
+                    seen &= bias > -float("inf")
+                    top = tl.load(TOP + (b * heads + h) * length_q + i, i < length_q, 0.0)
+            dk, dv = step_gradients(k, v, q, do, lse2, delta, dk, dv, seen, scale_log2, True,
+                                    bias, top, scale, HAS_BIAS)  # fmt: skip
         for t in range(start * PARTS, end * PARTS):
             at = tl.load(list_row + t // PARTS) * BLOCK_M + t % PARTS * TILE_M
             if BOXES:
@@ -158,7 +187,8 @@ def dkdv_kernel(
                 do = load_rows(do_head + i_rows * stride_dl, d, D, D_PADDED)
             lse2 = tl.load(LSE2 + statistics + at + lane)
             delta = tl.load(DELTA + statistics + at + lane)
-            dk, dv = step_gradients(k, v, q, do, lse2, delta, dk, dv, True, scale_log2, False)
+            dk, dv = step_gradients(k, v, q, do, lse2, delta, dk, dv, True, scale_log2, False,
+                                    0.0, delta, scale, False)  # fmt: skip
 
     g_rows = b * stride_gb + kv_head.to(tl.int64) * stride_gh + n_rows * stride_gl + d[None, :]
     tl.store(DK + g_rows, (dk * scale).to(DK.dtype.element_ty), mask=k_mask)

@@ -20,6 +20,14 @@ from afbs_compile.kernels.triton_common import (
     WINDOWED,
 )
 from afbs_compile.kernels.triton_forward import load_rows, whole_blocks
+from afbs_compile.kernels.triton_seen import (
+    BIAS_STRIDES,
+    LOG2_E,
+    MASK_STRIDES,
+    above_hidden,
+    bias_tile,
+    data_seen,
+)
 
 NO_WINDOW = tl.constexpr(UNLIMITED)
 GONE = tl.constexpr(UNLIMITED)  # position of a key that is not there
@@ -39,16 +47,30 @@ def step_keys(list_row, t, count, BLOCK_N: tl.constexpr, TILE_N: tl.constexpr):
         return lane + tl.where(lane < BLOCK_N, start, tl.where(both, second, GONE))
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit
+def biased(s, bias, top, scale):
+    """Scores in base 2, less the row's largest: in this order, as the forward takes them.
+
+    A pair that is not seen may lie far above that; `where` keeps NaN, `minimum` would not.
+    """
+    x = s * scale + bias - top
+    return above_hidden(tl.where(x > 0.0, 0.0, x)) * LOG2_E
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, *MASK_STRIDES, *BIAS_STRIDES])
 def dq_kernel(
     Q, K, V, DO, DQ, K_BOX, V_BOX, LSE2, DELTA, COUNTS, INDICES, POLICY, scale, scale_log2,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl,
     stride_vb, stride_vh, stride_vl, stride_db, stride_dh, stride_dl,
     stride_gb, stride_gh, stride_gl,
     heads, length_q, length_k, blocks_q, blocks_k, offset, window,
+    KEYS, Q_SEGMENTS, K_SEGMENTS, ELEMENTS, BIAS, TOP,
+    stride_keys, stride_qs, stride_ks, stride_eb, stride_eh, stride_eq, stride_ek,
+    stride_bb, stride_bh, stride_bq, stride_bk,
     D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
-    BOXES: tl.constexpr,
+    BOXES: tl.constexpr, HAS_KEYS: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
+    HAS_ELEMENTS: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of `TILE_M` queries of one head; all of them lie in one query block."""
     tiles = tl.cdiv(length_q, TILE_M)
@@ -85,6 +107,8 @@ def dq_kernel(
     statistics = (b * heads + h) * blocks_q * BLOCK_M + i
     lse2 = tl.load(LSE2 + statistics)[:, None]
     delta = tl.load(DELTA + statistics)[:, None]
+    if HAS_BIAS:
+        top = tl.load(TOP + (b * heads + h) * length_q + i, i < length_q, 0.0)[:, None]
     k_head = K + b * stride_kb + h // GROUP * stride_kh
     v_head = V + b * stride_vb + h // GROUP * stride_vh
     dq = tl.zeros([TILE_M, D_PADDED], tl.float32)
@@ -93,6 +117,9 @@ def dq_kernel(
     count = tl.load(COUNTS + row)
     list_row = INDICES + row * blocks_k
     whole = tl.where(windowed | (window < NO_WINDOW), 0, count)
+    DATA: tl.constexpr = HAS_KEYS or HAS_SEGMENTS or HAS_ELEMENTS or HAS_BIAS
+    if DATA:
+        whole = 0
     if whole > 0:
         whole = whole_blocks(list_row, whole, first_high, BLOCK_N)
     whole_steps = whole * BLOCK_N // TILE_N
@@ -116,6 +143,18 @@ def dq_kernel(
         # a key that no row of the tile sees is never read: its NaN could leak through 0 * NaN
         inside = (n >= first + offset - reach + 1) | (n < sink)
         wanted = (n >= first + offset - window + 1) & (n <= last_high) & inside
+        if DATA:
+            shown = data_seen(
+                KEYS, Q_SEGMENTS, K_SEGMENTS, ELEMENTS, stride_keys, stride_qs, stride_ks,
+                stride_eb, stride_eh, stride_eq, stride_ek, b, h, i, n, i < length_q, wanted,
+                HAS_KEYS, HAS_SEGMENTS, HAS_ELEMENTS,
+            )  # fmt: skip
+            if HAS_BIAS:
+                bias = bias_tile(
+                    BIAS, stride_bb, stride_bh, stride_bq, stride_bk, b, h, i, n, shown
+                )
+                shown &= bias > -float("inf")
+            wanted &= tl.max(shown.to(tl.int32), 0) > 0
         kv_mask = wanted[:, None] & (d < D)[None, :]
         n_rows = n.to(tl.int64)[:, None]
         k = tl.load(k_head + n_rows * stride_kl + d[None, :], mask=kv_mask, other=0.0)
@@ -124,7 +163,12 @@ def dq_kernel(
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         seen = (n[None, :] >= near[:, None]) | (n < sink)[None, :]
         seen &= (n[None, :] >= low[:, None]) & (n[None, :] <= high[:, None])
-        ds = tl.where(seen, tl.exp2(s * scale_log2 - lse2) * (dp - delta), 0.0)
+        x = s * scale_log2
+        if DATA:
+            seen &= shown
+            if HAS_BIAS:
+                x = biased(s, bias, top, scale)
+        ds = tl.where(seen, tl.exp2(x - lse2) * (dp - delta), 0.0)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
     g_rows = DQ + b * stride_gb + h * stride_gh + i_rows * stride_gl

@@ -32,18 +32,17 @@ from afbs_compile.kernels.triton_common import (
     shared_memory_bytes,
     site_window,
 )
-from afbs_compile.kernels.triton_mask import (
+from afbs_compile.kernels.triton_mask import PRESENT, Parts
+from afbs_compile.kernels.triton_seen import (
     BIAS_STRIDES,
+    LOG2_E,
     MASK_STRIDES,
-    PRESENT,
-    Parts,
     above_hidden,
     bias_tile,
     data_seen,
 )
 
 NO_WINDOW = tl.constexpr(UNLIMITED)
-LOG2_E = tl.constexpr(LOG2E)
 
 
 @triton.jit
@@ -192,11 +191,14 @@ def forward_kernel(
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     acc = acc / total[:, None]
+    lse_rows = LSE + (b * heads + h) * length_q + i
     if HAS_BIAS:
-        lse = tl.where(empty, -float("inf"), top + tl.log2(total) * LN2)
+        tl.store(lse_rows, top, mask=i < length_q)
+        lse_rows += (tl.num_programs(0) // tiles).to(tl.int64) * length_q
+        lse = tl.where(empty, -float("inf"), tl.log2(total) * LN2)
     else:
         lse = tl.where(empty, -float("inf"), (top + tl.log2(total)) * LN2)
-    tl.store(LSE + (b * heads + h) * length_q + i, lse, mask=i < length_q)
+    tl.store(lse_rows, lse, mask=i < length_q)
     o_rows = O + b * stride_ob + h * stride_oh + i.to(tl.int64)[:, None] * stride_ol
     tl.store(o_rows + d[None, :], acc.to(O.dtype.element_ty), mask=q_mask)
 
@@ -265,7 +267,8 @@ def forward(
 
     Returns:
         `o` in q's dtype, `[B, Hq, Lq, D]` over `[B, Lq, Hq, D]` memory, and `lse` fp32
-        `[B, Hq, Lq]`, natural log. A row that sees nothing is 0 with lse −inf.
+        `[B, Hq, Lq]`, natural log. A row that sees nothing is 0 with lse −inf. With a bias lse is
+        `[2, B, Hq, Lq]`, the largest score and what is added to it: a sum could lose the second.
     """
     if scale <= 0:  # the online softmax takes maxima before it scales
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
@@ -281,8 +284,9 @@ def forward(
     )
     o = torch.empty(batch, length_q, heads, head_dim, dtype=q.dtype, device=q.device)
     o = o.transpose(1, 2)
-    lse = torch.empty(batch, heads, length_q, dtype=torch.float32, device=q.device)
     parts = Parts.of(data, policy)
+    shape = ((2,) if parts.biased else ()) + (batch, heads, length_q)
+    lse = torch.empty(shape, dtype=torch.float32, device=q.device)
     tensors = (q, k, v, o, lse, counts, indices, policy, *parts.tensors, parts.bias)
     key = (mask, scale, block_m, block_n, *(described(x) for x in tensors), parts[1:3], parts[4:])
     launch(

@@ -17,14 +17,18 @@ from torch import Tensor
 from afbs_compile.kernels import bias as biases
 from afbs_compile.kernels.data_mask import DataMask
 from afbs_compile.kernels.geometry import Mask
-from afbs_compile.kernels.triton_common import LENGTHS, LN2, LOG2E, LOWEST, on_device, site_window
+from afbs_compile.kernels.triton_common import LENGTHS, LN2, LOWEST, on_device, site_window
+from afbs_compile.kernels.triton_seen import (
+    BIAS_STRIDES,
+    HIDDEN,
+    LOG2_E,
+    MASK_STRIDES,
+    above_hidden,
+    bias_tile,
+    data_seen,
+)
 
-STRIDES = ["stride_keys", "stride_qs", "stride_ks"]
-MASK_STRIDES = [*STRIDES, "stride_eb", "stride_eh", "stride_eq", "stride_ek"]
-BIAS_STRIDES = ["stride_bb", "stride_bh", "stride_bq", "stride_bk"]
 PRESENT = ("HAS_KEYS", "HAS_SEGMENTS", "HAS_ELEMENTS")
-LOG2_E = tl.constexpr(LOG2E)
-HIDDEN = tl.constexpr(biases.HIDDEN)
 FLOOR = tl.constexpr(biases.FLOOR)
 ROWS, COLUMNS = 32, 128  # of a tile of a bias whose rows are looked at
 NEEDED = 4  # added to the state of a block that must not be dropped
@@ -85,40 +89,6 @@ def steps(x: Tensor | None) -> list[int]:
 def bytes_of(x: Tensor) -> Tensor:
     """A bool tensor as uint8, of which Triton loads are integers; others as int64."""
     return x.view(torch.uint8) if x.dtype == torch.bool else x.long()
-
-
-@triton.jit
-def data_seen(
-    KEYS, Q_SEGMENTS, K_SEGMENTS, ELEMENTS, stride_keys, stride_qs, stride_ks,
-    stride_eb, stride_eh, stride_eq, stride_ek, b, h, i, j, i_mask, j_mask,
-    HAS_KEYS: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_ELEMENTS: tl.constexpr,
-):  # fmt: skip
-    """Which of the pairs (i, j) the data mask shows; false outside `i_mask` and `j_mask`."""
-    seen = i_mask[:, None] & j_mask[None, :]
-    if HAS_KEYS:
-        seen &= tl.load(KEYS + b * stride_keys + j, j_mask, 0)[None, :] != 0
-    if HAS_SEGMENTS:
-        own = tl.load(Q_SEGMENTS + b * stride_qs + i, i_mask, 0)
-        other = tl.load(K_SEGMENTS + b * stride_ks + j, j_mask, 0)
-        seen &= own[:, None] == other[None, :]
-    if HAS_ELEMENTS:
-        rows = ELEMENTS + b * stride_eb + h * stride_eh + i.to(tl.int64)[:, None] * stride_eq
-        seen &= tl.load(rows + j.to(tl.int64)[None, :] * stride_ek, seen, 0) != 0
-    return seen
-
-
-@triton.jit
-def bias_tile(BIAS, stride_bb, stride_bh, stride_bq, stride_bk, b, h, i, j, seen):
-    """What is added to the scores of the pairs (i, j), fp32; −inf where they are not seen."""
-    rows = BIAS + b * stride_bb + h * stride_bh + i.to(tl.int64)[:, None] * stride_bq
-    tile = tl.load(rows + j.to(tl.int64)[None, :] * stride_bk, seen, -float("inf"))
-    return tile.to(tl.float32)
-
-
-@triton.jit
-def above_hidden(x):
-    """A difference of scores, at least `HIDDEN`: times log2(e) the lowest would be −inf."""
-    return tl.where(x < HIDDEN, HIDDEN, x)
 
 
 @triton.jit(do_not_specialize=[*LENGTHS[2:4], *LENGTHS[6:], *MASK_STRIDES, *BIAS_STRIDES,

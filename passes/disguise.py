@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from afbs_compile.kernels.blind import MEAN
+from afbs_compile.kernels.blind import EVEN
 from afbs_compile.passes import masks
 from afbs_compile.passes.additive import ABSORBING
 from afbs_compile.passes.emit import Emitter
@@ -103,7 +103,7 @@ def replaced(call: Call, found: Disguise) -> Form:
         torch._C._nn.scaled_dot_product_attention, call.query, call.key, call.value, found.visible,
         call.dropout_p, call.is_causal, scale=call.scale, enable_gqa=call.enable_gqa,
     )  # fmt: skip
-    sdpa.meta[BLIND] = call.blind if found.fill == INFINITE else MEAN
+    sdpa.meta[BLIND] = call.blind if found.fill == INFINITE else EVEN
     made = list(emit.made)
     return Form(sdpa, "float mask", [swap(call.node, sdpa, made)], made, [call.node])
 

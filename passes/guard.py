@@ -12,8 +12,8 @@ from torch import SymInt
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from afbs_compile.kernels.dispatch import (
-    NO_MASKED_BACKWARD,
+from afbs_compile.kernels.refusals import (
+    NO_BIAS_GRADIENT,
     no_backward,
     no_compensated_backward,
     no_data_mask,
@@ -150,11 +150,15 @@ def gradient_refusal(tensors: Iterable[torch.Tensor], compensation: str = "none"
 
 def data_refusal(call: Call, compensation: str = "none") -> str | None:
     """Why a call cannot have a mask that depends on data."""
-    tensors = [value(n) for n in (call.query, call.key, call.value)]
-    tensors += [value(n) for n in (call.attn_mask,) if isinstance(n, Node)]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return f"needs gradients: {NO_MASKED_BACKWARD} (run under torch.no_grad)"
-    return no_data_mask(compensation)
+    added = value(call.attn_mask) if isinstance(call.attn_mask, Node) else None
+    return bias_refusal(added) or no_data_mask(compensation)
+
+
+def bias_refusal(attn_mask: torch.Tensor | None) -> str | None:
+    """A mask that is itself to be trained, as T5's position bias is."""
+    if torch.is_grad_enabled() and attn_mask is not None and attn_mask.requires_grad:
+        return f"needs gradients: {NO_BIAS_GRADIENT} (freeze it, or run under torch.no_grad)"
+    return None
 
 
 def length_refusal(length: int | SymInt, min_length: int) -> str | None:

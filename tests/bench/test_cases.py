@@ -11,7 +11,7 @@ from afbs_compile.bench import attention, baselines, cases, checks, fa4, problem
 from afbs_compile.bench.baselines import Way
 from afbs_compile.bench.cases import EMPTY
 from afbs_compile.bench.problems import Shape
-from afbs_compile.kernels import dispatch, reference, selection, triton_forward
+from afbs_compile.kernels import dispatch, on_gpu, reference, selection, triton_forward
 from afbs_compile.kernels.lists import from_keep, to_keep
 
 pytestmark = [
@@ -64,7 +64,7 @@ def test_a_wrong_kernel_is_not_timed(bench, small, monkeypatch):
         o, lse = triton_forward.forward(*args, **keywords)
         return 1.01 * o, lse
 
-    monkeypatch.setattr(dispatch, "gpu_forward", lambda *_, **__: wrong)
+    monkeypatch.setattr(on_gpu, "gpu_forward", lambda *_, **__: wrong)
     with pytest.raises(checks.WrongResult, match="forward 130:causal:d64"):
         cases.forward(bench, small(130))
 

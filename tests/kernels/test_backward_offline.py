@@ -23,6 +23,7 @@ FAST = [  # head_dim, dtype, causal, kv_heads (of 4 query heads): what training 
     for kv_heads in (4, 2)
 ]
 QUICK = (128, "bfloat16", True, 4)
+MASKS = ["keys", "segments", "elements", "bias"]
 ODD = [(80, "float16", True, 2), (64, "float32", True, 4), (256, "bfloat16", False, 2),
        (256, "float32", True, 4), (128, "bfloat16", True, 2)]  # fmt: skip
 
@@ -57,6 +58,17 @@ def test_no_spills_and_tensor_cores(tmp_path):
     check_hopper(QUICK, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "mask", ["keys", *(pytest.param(mask, marks=pytest.mark.slow) for mask in MASKS[1:])]
+)
+def test_masks_have_room(mask, tmp_path):
+    found = compiled(90, [*QUICK, mask], tmp_path)
+    for name in ("dq_kernel", "dkdv_kernel"):
+        assert found[name]["HGMMA"] > 0, name
+        assert found[name]["spills in loops"] <= (4 if mask == "keys" else 40), name
+    assert found["dq_kernel"]["LDL"] == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in FAST if case != QUICK])
 def test_every_fast_case(case, tmp_path):
@@ -75,13 +87,14 @@ def test_every_case_fits(arch, case, tmp_path):
     compiled(arch, case, tmp_path)
 
 
-def compile_for(arch, head_dim, dtype, causal, kv_heads):
+def compile_for(arch, head_dim, dtype, causal, kv_heads, mask=None):
     """Compiles what `backward` would launch, and measures it."""
     import torch
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
     from afbs_compile.kernels import boxes, transpose, triton_backward
+    from afbs_compile.kernels.data_mask import gathered
     from afbs_compile.kernels.geometry import Mask
 
     class AbsentDriver:
@@ -119,9 +132,15 @@ def compile_for(arch, head_dim, dtype, causal, kv_heads):
     q = torch.zeros(1, 512, 4, head_dim, dtype=getattr(torch, dtype)).transpose(1, 2)
     k = q[:, :kv_heads]
     counts, indices = (torch.zeros(1, 4, 4, *n, dtype=torch.int32) for n in ((), (8,)))
-    saved = q, torch.zeros(1, 4, 512), counts, indices, torch.zeros(4, 8)
+    keys, segments = torch.ones(1, 512, dtype=torch.bool), torch.zeros(1, 512, dtype=torch.long)
+    square = keys.expand(512, 512), torch.zeros(1, 4, 512, 512, dtype=q.dtype)
+    parts = {"keys": [keys], "segments": [keys, segments, segments],
+             "elements": [None, None, None, square[0].contiguous()],
+             "bias": [None, None, None, None, square[1]]}.get(mask, [])  # fmt: skip
+    lse = torch.zeros((2, 1, 4, 512) if mask == "bias" else (1, 4, 512))
+    saved = q, lse, counts, indices, torch.zeros(4, 8)
     site = {"mask": Mask(causal), "scale": 1.0, "block_m": 128, "block_n": 64}
-    triton_backward.backward(q, q, k, k, *saved, **site)
+    triton_backward.backward(q, q, k, k, *saved, data=gathered(parts, (512, 512)), **site)
     return found
 
 

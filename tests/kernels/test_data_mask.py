@@ -183,9 +183,9 @@ def test_what_has_no_kernel_is_refused(problems, policy_tensor):
     site = (False, 0, 0, 0.3, "sub8", 0)
     with pytest.raises(ValueError, match="depend on data with compensation 'tangent'"):
         torch.ops.afbs.attention(q, q, q, policy, *site, "tangent", keys)
-    with pytest.raises(RuntimeError, match="no backward under a mask that depends on data"):
-        torch.ops.afbs.attention(q.requires_grad_(), q, q, policy, *site, "none", keys)
-    short = torch.ops.afbs.attention(q, q, q, policy, *site[:-1], 100, "none", keys)
+    short = torch.ops.afbs.attention(
+        q.requires_grad_(), q, q, policy, *site[:-1], 100, "none", keys
+    )
     short.sum().backward()
     assert q.grad is not None
 

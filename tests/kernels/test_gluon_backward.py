@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton.experimental.gluon")
 
-from afbs_compile.kernels import dispatch, gluon_shim, lists, reference
+from afbs_compile.kernels import gluon_shim, lists, on_gpu, reference
 from afbs_compile.kernels import policy_columns as col
 from afbs_compile.kernels.geometry import Mask
 
@@ -240,8 +240,8 @@ def test_says_what_it_cannot_take():
 
 def test_dispatch_takes_it_where_it_fits():
     x = normal(0, 1, 2, 128, 128)
-    assert dispatch.gpu_backward(x, x, x, scale=0.1, **BLOCKS) is gluon_backward.backward
-    assert dispatch.gpu_backward(x, x, x, scale=-0.1, **BLOCKS) is not gluon_backward.backward
+    assert on_gpu.gpu_backward(x, x, x, scale=0.1, **BLOCKS) is gluon_backward.backward
+    assert on_gpu.gpu_backward(x, x, x, scale=-0.1, **BLOCKS) is not gluon_backward.backward
 
 
 def test_captured_without_a_sync_and_not_compiled_again():

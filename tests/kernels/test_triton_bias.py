@@ -78,13 +78,14 @@ def test_attention_is_the_oracles(problems, biases, data, tau):
     found = triton_selection.select(q, k, policy, selector="sub8", data=mask, **problem.site)
     got = triton_forward.forward(q, k, v, *found, policy, data=mask, **problem.site)
     want = reference.forward(q, k, v, *found, policy, data=mask, **problem.site)
-    for ours, theirs in zip(got, want, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(got[0], want[0], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(got[1].sum(0), want[1], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_whole_op_equals_the_formula(causal, policy_tensor):
+def test_whole_op_equals_the_formula(causal, policy_tensor, monkeypatch):
     """What a GPU runs, in the interpreter too."""
+    monkeypatch.setattr(dispatch, "by_pairs", lambda device_type: False)
     q, k, v = (torch.randn(2, heads, 150, 32, device=DEVICE) for heads in (2, 1, 1))
     bias = torch.randn(1, 2, 150, 150, device=DEVICE)
     bias[:, :, 9] = bias[:, :, :, 120:] = torch.finfo(torch.float32).min
