@@ -87,7 +87,7 @@ def oracle(monkeypatch):
         site = {"mask": problem.mask, "scale": problem.scale, "selector": selector}
         return selection.select(problem.q, problem.k, policy, **site, **cases.BLOCKS)
 
-    def attention(q, k, v, policy, *, mask, scale, selector):
+    def attention(q, k, v, policy, *, mask, scale, selector, **usual):
         site = {"mask": mask, "scale": scale} | cases.BLOCKS
         lists = selection.select(q, k, policy, selector=selector, **site)
         return reference.forward(q, k, v, *lists, policy, **site)[0]
