@@ -150,6 +150,17 @@ def test_all_modes_in_one_launch(mask, head_dim, poisoned_empty):
     check(backward(*inputs, **site), oracle(*inputs, **site), inputs, site["scale"])
 
 
+@pytest.mark.parametrize("mask", [Mask(True, 35, 600), Mask(True, 35), Mask(False, 35)])
+def test_windows_longer_than_tiles(mask, poisoned_empty):
+    """Both ends of a list need the mask, what lies between does not."""
+    do, q = normal(4, 1, 4, 1500, 128), normal(0, 1, 4, 1500, 128)
+    k, v = (normal(seed, 1, 2, 1535, 128) for seed in (1, 2))
+    policy = policy_rows([col.WINDOWED, col.DENSE, col.WINDOWED, col.SPARSE], 700, 70)
+    inputs = do, q, k, v, all_blocks(q, k), policy
+    site = {"mask": mask, "scale": 0.1}
+    check(backward(*inputs, **site), oracle(*inputs, **site), inputs, site["scale"])
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_half_precision_at_size(kv_heads, head_dim):
