@@ -127,7 +127,9 @@ def key_gradients(call: Call, counts: Tensor, indices: Tensor) -> tuple[Tensor, 
     dk, dv = empty_rows(k), empty_rows(k)
     batch, kv_heads, length_k, _ = k.shape
     length_q = q.shape[2]
-    views = ((q, length_q), (call.do, length_q), (k, length_k), (call.v, length_k),
+    # a key that only queries past the last one would see arrives as zeros: it may be NaN
+    seen = seen_length(call.mask, length_q, length_k)
+    views = ((q, length_q), (call.do, length_q), (k, seen), (call.v, seen),
              (dk, length_k), (dv, length_k))  # fmt: skip
     numbers = batch * kv_heads, kv_heads, q.shape[1] // kv_heads, *call.site(length_k)
     programs = batch * kv_heads * -(-length_k // BLOCK_N)

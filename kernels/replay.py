@@ -87,6 +87,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.launched: list[Launched] = []
         self.allocated: list[Range] = []
+        self.alive: list[Tensor] = []  # so that no memory is given out twice while this watches
         self.refusal: str | None = None
         self.early = False  # a kernel was only compiled now
 
@@ -98,6 +99,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             storage = out.untyped_storage()
             begin = storage.data_ptr()
             self.allocated.append((begin, begin + storage.nbytes()))
+            self.alive.append(out)
         elif name not in VIEWS:
             self.refusal = f"{name} runs beside the kernels"
         return out
@@ -166,7 +168,7 @@ def taped(recorder: Recorder, tensors: Sequence[Tensor], out: Tensor) -> Tape:
         raise Unsupported(recorder.refusal or "no kernel ran")
     storage = out.untyped_storage()
     result = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-    memory = joined(recorder.allocated)
+    memory = [one for one in recorder.allocated if one[0] < one[1]]
     if result not in memory or out.data_ptr() != result[0]:
         raise Unsupported("the output's memory is not its own")
     memory.remove(result)
@@ -247,15 +249,4 @@ def pointers(compiled: Any, arguments: Sequence[Any]) -> list[tuple[int, Any]]:
             if meta is None or not isinstance(argument, TmaView):
                 raise Unsupported("a descriptor that is not TMA's")
             found.append((argument.address, (argument, meta)))
-    return found
-
-
-def joined(ranges: Sequence[Range]) -> list[Range]:
-    """Disjoint ranges that cover the same bytes; memory may have been given out twice."""
-    found: list[Range] = []
-    for begin, end in sorted(ranges):
-        if found and begin < found[-1][1]:
-            found[-1] = found[-1][0], max(end, found[-1][1])
-        elif end > begin:
-            found.append((begin, end))
     return found

@@ -107,7 +107,10 @@ def test_an_address_that_is_not_aligned_is_never_repeated():
     record(q, k, v, policy)
     moved = torch.empty(q.numel() + 1, dtype=q.dtype, device="cuda")[1:].view(q.shape)
     moved.copy_(q)
-    torch.testing.assert_close(attend(moved, k, v, policy), attend(q, k, v, policy))
+    known = dict(replay.TAPES)
+    got = attend(moved, k, v, policy)
+    assert known == replay.TAPES
+    torch.testing.assert_close(got, attend(q, k, v, policy), rtol=0, atol=4e-3)  # another kernel
 
 
 @pytest.mark.gpu
@@ -209,8 +212,16 @@ def test_addresses_come_from_inputs_output_and_workspace():
     assert driver.ctypes.c_int32.from_address(one.parameters[2]).value == 3
 
 
-def test_memory_given_out_twice_is_one_place():
-    assert replay.joined([(0, 10), (30, 40), (5, 20), (40, 50)]) == [(0, 20), (30, 40), (40, 50)]
+def test_memory_is_not_given_out_twice_while_a_call_is_watched():
+    def call():
+        first = torch.empty(1000)
+        address = first.data_ptr()
+        del first
+        return torch.empty(1000), address
+
+    recorder, (out, address) = watched(call)
+    assert out.data_ptr() != address
+    assert len(set(recorder.allocated)) == 2
 
 
 def test_what_computes_beside_kernels_is_refused():
