@@ -29,6 +29,7 @@ from afbs_compile.tuner.bosch import Found, Search
 from afbs_compile.tuner.heads import Bits, Impossible, text
 from afbs_compile.tuner.hybrid_baselines import CHEAP, METHODS, SEEDED, Question
 
+MEAN = "geometric"  # of the tasks' costs; earlier rows have `arithmetic`
 KEY = ("model", "dtype", "texts", "tokens", "window", "sink", "ratio", "method", "budget", "seed",
        "calibration", "task")  # fmt: skip
 
@@ -136,7 +137,7 @@ def slot(ready: Setup, ratio: float, method: str, seed: int) -> Row:
         "budget": args.budget,
         "seed": seed,
         "calibration": f"{args.tasks} x{args.documents}+{args.held}, {args.objective}, "
-        f"{args.prior}",
+        f"{args.prior}, {MEAN}",
     }
 
 

@@ -12,17 +12,18 @@ from rich.table import Table
 from afbs_compile.commands.output import console
 
 Row = dict[str, Any]
-Cell = tuple[Any, ...]  # model, tokens, window, ratio
+Cell = tuple[Any, ...]  # model, tokens, window, ratio, calibration
+SETTING = ("model", "tokens", "window", "ratio", "calibration")
 RANKINGS = ("begin", "middle", "end", "interleaved", "locality", "fisher", "retrieval")
 
 
 def cells(document: Mapping[str, Any]) -> dict[Cell, dict[str, dict[str, list[Row]]]]:
-    """The rows by (model, tokens, window, ratio), method and task."""
+    """The rows by setting, method and task."""
     found: dict[Cell, dict[str, dict[str, list[Row]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
     )
     for row in document["rows"]:
-        cell = tuple(row[name] for name in ("model", "tokens", "window", "ratio"))
+        cell = tuple(row[name] for name in SETTING)
         found[cell][row["method"]][row["task"]].append(row)
     return found
 
@@ -38,10 +39,10 @@ def markdown(document: Mapping[str, Any]) -> str:
     """BOSCH's divergence on every task beside the best static ranking's, a line a cell."""
     tasks = list(dict.fromkeys(row["task"] for row in document["rows"]))
     lines = [
-        f"| tokens | window | ratio | seeds | {' | '.join(tasks)} |",
-        "|---" * (4 + len(tasks)) + "|",
+        f"| tokens | window | ratio | documents, mean | seeds | {' | '.join(tasks)} |",
+        "|---" * (5 + len(tasks)) + "|",
     ]
-    for (_, tokens, window, ratio), methods in sorted(cells(document).items()):
+    for (_, tokens, window, ratio, calibration), methods in sorted(cells(document).items()):
         own = methods.get("bosch")
         if own is None:
             continue
@@ -50,8 +51,55 @@ def markdown(document: Mapping[str, Any]) -> str:
         told = [
             versus(own[task], {n: found[task] for n, found in rivals.items()}) for task in tasks
         ]
-        lines.append(f"| {tokens} | {window} | {ratio:g} | {seeds} | {' | '.join(told)} |")
+        read = documents(calibration)
+        lines.append(
+            f"| {tokens} | {window} | {ratio:g} | {read} | {seeds} | {' | '.join(told)} |"
+        )
     return "\n".join(lines)
+
+
+def documents(calibration: str) -> str:
+    """How many documents a search read and held out, and how it averaged over tasks."""
+    read, _, rest = calibration.rpartition(" x")[2].partition(", ")
+    return f"{read}, {rest.rpartition(', ')[2]}"
+
+
+def ablation(document: Mapping[str, Any]) -> str:
+    """What a search loses without a part of it: losses over those of the whole search.
+
+    Geometric means over the settings in which both finished; unseen: over the tasks as well.
+    """
+    searched: dict[str, list[float]] = defaultdict(list)
+    unseen: dict[str, list[float]] = defaultdict(list)
+    for methods in cells(document).values():
+        if "bosch" not in methods:
+            continue
+        for name, by_task in methods.items():
+            if name == "bosch" or name in (*RANKINGS, "random"):
+                continue
+            for task, rows in by_task.items():
+                own = methods["bosch"][task]
+                unseen[name].append(relative(rows, own, "kl"))
+            searched[name].append(relative(rows, own, "loss_searched"))
+    lines = [
+        "| search | settings | loss on what it read | KL on what it did not |",
+        "|---" * 4 + "|",
+    ]
+    for name, ratios in sorted(searched.items(), key=lambda item: float(geometric(item[1]))):
+        lines.append(
+            f"| {name} | {len(ratios)} | {geometric(ratios):.2f} | {geometric(unseen[name]):.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def relative(rows: list[Row], own: list[Row], figure: str) -> float:
+    """A mean over seeds over that of the whole search."""
+    return float(np.mean([r[figure] for r in rows]) / np.mean([r[figure] for r in own]))
+
+
+def geometric(ratios: list[float]) -> float:
+    """Geometric mean."""
+    return float(np.exp(np.mean(np.log(ratios))))
 
 
 def versus(own: list[Row], rivals: Mapping[str, list[Row]]) -> str:
@@ -69,10 +117,10 @@ def turnover(document: Mapping[str, Any]) -> list[str]:
     chosen: dict[Any, dict[float, str]] = defaultdict(dict)
     for row in document["rows"]:
         if row["method"] == "bosch":
-            where = (row["model"], row["tokens"], row["window"], row["seed"])
+            where = (row["model"], row["tokens"], row["window"], row["calibration"], row["seed"])
             chosen[where][row["ratio"]] = row["heads"]
     lines = []
-    for (model, tokens, window, seed), by_ratio in chosen.items():
+    for (model, tokens, window, _, seed), by_ratio in chosen.items():
         ratios = sorted(by_ratio)
         for low, high in pairwise(ratios):
             fewer, more = by_ratio[low], by_ratio[high]
@@ -88,9 +136,9 @@ def turnover(document: Mapping[str, Any]) -> list[str]:
 def show(document: Mapping[str, Any]) -> None:
     """Print a table for every model, length, window and ratio."""
     output = console()
-    for (model, tokens, window, ratio), methods in cells(document).items():
+    for (model, tokens, window, ratio, calibration), methods in cells(document).items():
         tasks = list(dict.fromkeys(task for by_task in methods.values() for task in by_task))
-        title = f"{model}, {tokens} tokens, window {window}, ratio {ratio:g}"
+        title = f"{model}, {tokens} tokens, window {window}, ratio {ratio:g}; {calibration}"
         table = Table("method", *tasks, "loss", "evaluations", "seeds", title=title)
         for name, by_task in methods.items():
             first = next(iter(by_task.values()))

@@ -274,6 +274,14 @@ def hybrid(document: Document) -> str:
     return f"{hybrid_show.markdown(document)}\n\n{origin(document)}"
 
 
+def ablation(document: Document) -> str:
+    """What each part of BOSCH's search gives, and how much its heads change with the ratio."""
+    from afbs_compile.bench import hybrid_show
+
+    turned = "\n".join(f"- {line}" for line in hybrid_show.turnover(document))
+    return f"{hybrid_show.ablation(document)}\n\n{turned}"
+
+
 def live(document: Document) -> str:
     """Training steps of real ranks, balanced and not."""
     from afbs_compile.bench import live_show  # other tables are made without the package
@@ -291,6 +299,7 @@ def recovery(document: Document) -> str:
 TABLES = {
     "live": ("live", live),
     "hybrid": ("hybrid", hybrid),
+    "hybrid_ablation": ("hybrid", ablation),
     "recovery": ("recovery", recovery),
     "pretrain": ("pretrain", pretrain),
     "decode": ("decode", decode),
