@@ -177,6 +177,26 @@ def oracle() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def compared() -> Iterator[list[float]]:
+    """How far every call of the op is from the oracle on the same inputs.
+
+    Call by call: whole models differ by more where rounding in one layer makes a block of equal
+    score change places with another in the next.
+    """
+    found: list[float] = []
+    run = dispatch.attention
+
+    def both(*tensors: Tensor, **settings: Any) -> Tensor:
+        out = run(*tensors, **settings)
+        with oracle():
+            found.append(distance(out, run(*tensors, **settings)))
+        return out
+
+    with patch.object(dispatch, "attention", both):
+        yield found
+
+
 def counting(found: list[GraphModule]) -> Callable[..., Any]:
     """A Dynamo backend that runs graphs as they are and keeps them in `found`."""
 
