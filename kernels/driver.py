@@ -35,7 +35,7 @@ class Prepared(NamedTuple):
     Attributes:
         head: Function, grid, threads of a program and bytes of shared memory.
         parameters: Array of the arguments' addresses.
-        memory: Keeps the arguments alive.
+        memory: Keeps the arguments and the kernel alive.
     """
 
     head: tuple[int, ...]
@@ -146,7 +146,7 @@ def prepare(
     for _ in range(2):  # Triton's scratch memories, which `special` saw to be empty
         keep(ctypes.c_void_p())
     head = (compiled.function, programs, 1, 1, WARP * metadata.num_warps, 1, 1, metadata.shared)
-    return Prepared(head, (ctypes.c_void_p * len(parameters))(*parameters), tuple(memory))
+    return Prepared(head, (ctypes.c_void_p * len(parameters))(*parameters), (compiled, *memory))
 
 
 def place(slot: int | TensorMap) -> int:
