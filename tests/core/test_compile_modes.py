@@ -92,6 +92,20 @@ def test_an_exported_model_is_dense_and_can_be_compiled_with_us(force):
     assert distance(found, one(x())) < EXACT
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_aot_inductor_packages_a_dense_program(force, tmp_path):
+    one = model()
+    with torch.no_grad():
+        exported = torch.export.export(ours(one, force), (x(),))
+        package = torch._inductor.aoti_compile_and_package(
+            exported, package_path=str(tmp_path / "model.pt2")
+        )
+        found = torch._inductor.aoti_load_package(package)(x())
+        assert distance(found, one(x())) < EXACT
+    assert force.graphs == 0
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_autograd(force):
     """The backward graph that Dynamo captures holds no attention call of ours that it cannot."""
