@@ -43,7 +43,8 @@ def demo(document: Document) -> str:
             f"{row['perplexity_sparse']:.2f} ({change:+.1f} %) | {row['attention_speedup']:.2f}× "
             f"| {row['forward_speedup']:.2f}× | {row['tuning_seconds']:.0f} s |"
         )
-    return "\n".join([*lines, "", origin(document)])
+    meaning = "Perplexity: an unseen window. Forward: interleaved runs. Attention: one layer."
+    return "\n".join([*lines, "", f"{origin(document)}. {meaning}"])
 
 
 def attention(document: Document) -> str:
@@ -243,6 +244,26 @@ def prompt(document: Document) -> str:
     )
 
 
+STRATEGIES = ("afbs-bo", "grid", "bisect", "one-pass")  # those that the README names
+
+
+def strategies(document: Document) -> str:
+    """What ways to search cost and reach, as one sentence: means over seeds, thresholds alone."""
+    told = []
+    for name in STRATEGIES:
+        rows = [r for r in document["rows"] if (r["strategy"], r["probes"]) == (name, 0)]
+        cost, kept = (
+            sum(r[figure] for r in rows) / len(rows)
+            for figure in ("cost_dense_passes", "sparsity")
+        )
+        told.append(f"`{name}` {cost:.1f} dense passes for {100 * kept:.1f} %")
+    return (
+        f"What a layer costs, and the sparsity found at one error ({device(document)}): "
+        f"{', '.join(told)}. The pass that finds every threshold pays; the rest matters where a "
+        "kernel must be run ([all strategies](docs/benchmarks.md))."
+    )
+
+
 def device(document: Document) -> str:
     """Where and when."""
     return f"{document['device']}, torch {document['versions']['torch']}, {document['date'][:10]}"
@@ -305,6 +326,7 @@ TABLES = {
     "decode": ("decode", decode),
     "prefill": ("prefill", prefill),
     "prompt": ("prefill", prompt),
+    "strategies": ("tuner", strategies),
     "generate": ("generate", generate),
     "tuner": ("tuner", tuner),
     "unseen": ("unseen", unseen),
