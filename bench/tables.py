@@ -252,15 +252,14 @@ def strategies(document: Document) -> str:
     told = []
     for name in STRATEGIES:
         rows = [r for r in document["rows"] if (r["strategy"], r["probes"]) == (name, 0)]
-        cost, kept = (
-            sum(r[figure] for r in rows) / len(rows)
-            for figure in ("cost_dense_passes", "sparsity")
-        )
+        cost = sum(r["cost_dense_passes"] for r in rows) / len(rows)
+        kept = sum(r["sparsity"] for r in rows) / len(rows)
         told.append(f"`{name}` {cost:.1f} dense passes for {100 * kept:.1f} %")
     return (
-        f"What a layer costs, and the sparsity found at one error ({device(document)}): "
-        f"{', '.join(told)}. The pass that finds every threshold pays; the rest matters where a "
-        "kernel must be run ([all strategies](docs/benchmarks.md))."
+        "What tuning a layer costs, and the sparsity that it finds at an error of "
+        f"{document['rows'][0]['max_error']:g} ({device(document)}): {', '.join(told)}. The pass "
+        "that finds every threshold pays; the rest matters where a kernel must be run "
+        "([all strategies](docs/benchmarks.md))."
     )
 
 
