@@ -14,6 +14,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from afbs_compile.identity import model_key, rows_of
+from afbs_compile.policy import Head, Policy, Site, Tuning, bucket_of
+from afbs_compile.weights import site_keys
+
 LENGTH, LAYERS, HEADS, DIM = 328, 12, 2, 32
 WIDTH, CHANGES, RATE = HEADS * DIM, 50, 0.002
 
@@ -37,18 +41,34 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Twelve of them."""
+    """Twelve of them, if no other number is given."""
 
-    def __init__(self):
+    def __init__(self, layers=LAYERS):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.layers = nn.ModuleList([Block() for _ in range(LAYERS)])
+            self.layers = nn.ModuleList([Block() for _ in range(layers)])
 
     def forward(self, x):
         for layer in self.layers:
             x = layer(x)
         return x
+
+
+def policy_of(model, budgets, lengths=(LENGTH,)):
+    """Every layer sparse by its budget, at the lengths of some buckets."""
+    sites = {}
+    for n, (block, budget) in enumerate(zip(model.layers, budgets, strict=True)):
+        weights = site_keys(rows_of(block.named_parameters()), ["function"])["function"]
+        heads = (Head("sparse", 0.5, neighbours=0, budget=budget),) * HEADS
+        name = f"layers.{n}"
+        sites[name] = Site(name, heads, HEADS, DIM, "causal", "sparse", weights=weights)
+    tunings = {
+        bucket_of(length): Tuning(bucket_of(length), length, {}, True, 0, 0.0, 0.0, "", "cpu", {},
+                                  (), sites)
+        for length in lengths
+    }  # fmt: skip
+    return Policy(model_key(model.named_parameters()), None, tuple(tunings.values()))
 
 
 def sample(n):
