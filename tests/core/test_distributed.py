@@ -10,14 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from afbs_compile.identity import model_key, rows_of
 from afbs_compile.kernels import policy_columns as col
 from afbs_compile.kernels import reference
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.kernels.selection import select
-from afbs_compile.policy import Head, Policy, Site, Tuning, bucket_of
 from afbs_compile.policy_tensor import to_tensor
-from afbs_compile.weights import site_keys
 
 WORKER = Path(__file__).with_name("rank.py")
 spec = importlib.util.spec_from_file_location("rank", WORKER)
@@ -28,24 +25,12 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the processor
 BUDGETS = [0.25 + n / 20 for n in range(rank.LAYERS)]
 
 
-def policy_of(model, budgets):
-    sites = {}
-    for n, (block, budget) in enumerate(zip(model.layers, budgets, strict=True)):
-        weights = site_keys(rows_of(block.named_parameters()), ["function"])["function"]
-        heads = (Head("sparse", 0.5, neighbours=0, budget=budget),) * rank.HEADS
-        name = f"layers.{n}"
-        sites[name] = Site(name, heads, rank.HEADS, rank.DIM, "causal", "sparse", weights=weights)
-    tuning = Tuning(bucket_of(rank.LENGTH), rank.LENGTH, {}, True, 0, 0.0, 0.0, "", "cpu", {},
-                    (), sites)  # fmt: skip
-    return Policy(model_key(model.named_parameters()), None, (tuning,))
-
-
 class Reference(rank.Model):
     """The model with its attention as plain torch over the blocks of a policy."""
 
     def __init__(self, budgets):
         super().__init__()
-        sites = policy_of(self, budgets).tunings[0].sites
+        sites = rank.policy_of(self, budgets).tunings[0].sites
         self.policies = [to_tensor(sites[f"layers.{n}"]) for n in range(rank.LAYERS)]
 
     def budget(self, budgets):
@@ -74,7 +59,7 @@ def alone(model, steps):
 
 def together(folder, budgets, wrap, scope, inner="eager", steps=10):
     """What two ranks found."""
-    (folder / "policy.json").write_text(policy_of(rank.Model(), budgets).to_json())
+    (folder / "policy.json").write_text(rank.policy_of(rank.Model(), budgets).to_json())
     command = [sys.executable, str(WORKER), str(folder), wrap, scope, inner, str(steps)]
     runs = [
         subprocess.Popen(
