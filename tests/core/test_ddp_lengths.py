@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the processor's path")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the processor's path"),
+]
 WORKER = Path(__file__).with_name("ddp_lengths.py")
 
 
