@@ -12,6 +12,7 @@ from afbs_compile.kernels.geometry import Mask
 from afbs_compile.kernels.selection import select
 
 FEW = settings(max_examples=12, suppress_health_check=list(HealthCheck))
+COMPILED = settings(max_examples=6, suppress_health_check=list(HealthCheck))  # seconds each
 BLOCKS = {"block_m": 64, "block_n": 64}  # those of the CPU: every other size is a compilation
 
 
@@ -47,7 +48,7 @@ def test_what_is_not_listed_cannot_matter(problems, data):
     assert torch.equal(out, again)
 
 
-@FEW
+@COMPILED
 @given(st.data(), st.sampled_from([col.SPARSE, col.WINDOWED, col.DENSE]))
 def test_cpu_path_equals_the_reference(problems, data, mode):
     problem = data.draw(problems(longest=400, one_kind=True))
@@ -59,7 +60,7 @@ def test_cpu_path_equals_the_reference(problems, data, mode):
     torch.testing.assert_close(out, want, atol=2e-5, rtol=1e-5)
 
 
-@FEW
+@COMPILED
 @given(st.data())
 def test_dispatch_with_density_one_is_dense(problems, data):
     problem = data.draw(problems(longest=400, tau=1.0, one_kind=True))

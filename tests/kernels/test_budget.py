@@ -133,7 +133,7 @@ def test_the_gpus_first_equals_are_the_oracles(policy_tensor):
 
 
 @interpreted
-@settings(max_examples=12, phases=[Phase.generate])
+@settings(max_examples=6, phases=[Phase.generate])
 @given(st.data(), selectors)
 def test_the_gpu_keeps_the_oracles_blocks(problems, data, selector):
     """In fp32; where scores are equal but for rounding, as many as the oracle and no worse."""

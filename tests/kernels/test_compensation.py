@@ -12,6 +12,7 @@ from afbs_compile.kernels.lists import from_keep, to_keep
 from afbs_compile.kernels.selection import select
 
 FEW = settings(max_examples=10, suppress_health_check=list(HealthCheck))
+COMPILED = settings(max_examples=6, suppress_health_check=list(HealthCheck))  # seconds each
 BLOCKS = {"block_m": 64, "block_n": 64}  # those of the CPU
 
 
@@ -157,7 +158,7 @@ def test_chunks_do_not_matter(problems, data):
     torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=1e-5)
 
 
-@FEW
+@COMPILED
 @given(st.data(), st.sampled_from([col.SPARSE, col.WINDOWED, col.DENSE]))
 def test_cpu_path_equals_the_oracle(problems, with_tangents, data, mode):
     problem = data.draw(problems(longest=400, one_kind=True, tau=0.3))
