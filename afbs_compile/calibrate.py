@@ -13,6 +13,7 @@ from typing import Self
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from afbs_compile.capture import mask_at
 from afbs_compile.damage import Damage, Judge, Limits
@@ -80,17 +81,18 @@ def search(
     unseen = tables.pop() if len(tables) > 1 else None
     bound = Bound.of(problem, measured.speeds) if options.limited else None
     try:
-        result = tune(
-            {name: Worst([table[name] for table in tables]) for name in tables[0]},
-            Goal(options.error_cap, options.mean_error_budget, margin_of(len(tables))),
-            options.strategy,
-            low=LOW[options.fidelity],
-            validation=unseen,
-            on_progress=on_progress,
-            trace=trace,
-            found=Sink(problem, measured.speeds, found),
-            limit=Limit(1.0, bound.share) if bound else None,
-        )
+        with threadpool_limits(1, user_api="blas"):  # a head's matrices are tiny: threads wait
+            result = tune(
+                {name: Worst([table[name] for table in tables]) for name in tables[0]},
+                Goal(options.error_cap, options.mean_error_budget, margin_of(len(tables))),
+                options.strategy,
+                low=LOW[options.fidelity],
+                validation=unseen,
+                on_progress=on_progress,
+                trace=trace,
+                found=Sink(problem, measured.speeds, found),
+                limit=Limit(1.0, bound.share) if bound else None,
+            )
     except OutOfTime:
         return BUDGET, None
     return measured.stopped, bound.at(result.damage) if bound else None

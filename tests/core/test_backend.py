@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 
 import afbs_compile
@@ -379,6 +380,24 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path):
         out = run(model, x, cache_dir=str(blocked))
     assert relative(out, eager(model, x)) < 0.3
     assert afbs_compile.explain().rewritten == 2
+
+
+def test_the_search_keeps_blas_to_one_thread(monkeypatch):
+    """Its matrices are tiny; what the program has set comes back."""
+    search, seen = calibrate.tune, []
+
+    def blas():
+        return [x["num_threads"] for x in threadpool_info() if x["user_api"] == "blas"]
+
+    def watched(*args, **given):
+        seen.append(blas())
+        return search(*args, **given)
+
+    monkeypatch.setattr(calibrate, "tune", watched)
+    with threadpool_limits(2, user_api="blas"):
+        run(Model(), tokens())
+        assert set(blas()) == {2}
+    assert [set(found) for found in seen] == [{1}]
 
 
 def test_inputs_that_cannot_be_measured_leave_the_model_running():
