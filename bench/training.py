@@ -93,9 +93,9 @@ def way_of(times: dict[str, list[float]]) -> str | None:
 
 def gradient_kernel(problem: Problem) -> str:
     """`gluon` or `triton`, for the record."""
-    return kernel_of(
-        on_gpu.gpu_backward(problem.q, problem.k, problem.v, scale=problem.scale, **BLOCKS)
-    )
+    blocks: dict[str, Any] = {**BLOCKS}
+    tensors = problem.q, problem.k, problem.v
+    return kernel_of(on_gpu.gpu_backward(*tensors, scale=problem.scale, **blocks))
 
 
 def ours_on(
