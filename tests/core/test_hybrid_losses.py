@@ -1,10 +1,14 @@
 """How do several tasks become one loss?"""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import numpy as np
 import pytest
 import torch
 
 from afbs_compile.hybrid_losses import Losses, NothingToChoose
+from afbs_compile.store import Store
 from afbs_compile.tuner.heads import bits
 
 TASKS = ("text", "text", "needle")
@@ -58,3 +62,21 @@ def test_nothing_to_choose_says_so():
     same = Losses(lambda _: torch.zeros(3, 3), 4, TASKS, Memory())
     with pytest.raises(NothingToChoose):
         same([np.zeros(4, dtype=bool)])
+
+
+def test_two_workers_share_a_batch(tmp_path):
+    """Neither ends its first evaluation before the other has begun one."""
+    both = Barrier(2, timeout=60)
+
+    def work(_):
+        def evaluate(choice):
+            both.wait()
+            return torch.full((3, 3), float(choice.sum()))
+
+        with Store("model", {"run": "shared"}, {}, tmp_path) as store:
+            losses = Losses(evaluate, 4, TASKS, store)
+            found = losses.figures([bits("0111"), bits("0001")])
+        return losses.measured, [float(one[0, 0]) for one in found]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(work, range(2))) == [(1, [3.0, 1.0])] * 2
