@@ -22,16 +22,16 @@ import torch
 from torch import Tensor
 
 from afbs_compile.kernels import policy_columns as col
-from afbs_compile.kernels.compensation import contributions, known
+from afbs_compile.kernels.compensation import known
 from afbs_compile.kernels.data_mask import DataMask, blocked
-from afbs_compile.kernels.geometry import Blocks, Mask, head_full, head_visible, token_visible
+from afbs_compile.kernels.geometry import Blocks, Mask, head_visible
+from afbs_compile.kernels.profile_rows import row_errors, rows_of
 from afbs_compile.kernels.scores import block_scores
 from afbs_compile.kernels.selection import forced_blocks
 
 LOGGER = logging.getLogger(__name__)
 OFF = (-math.inf,)
 MOST_DIM = 256
-LEAST = 1e-30  # a sum of weights that a division survives
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +106,11 @@ def profile(
     kf, vf = pad_keys(k, block_n), pad_keys(v, block_n)
     found = []
     for r, row in enumerate(rows.tolist()):
-        i = torch.arange(row * block_m, min((row + 1) * block_m, q.shape[2]), device=q.device)
-        found.append(
-            row_errors(q[:, :, i], i, kf, vf, k.shape[2], order[:, :, r], policy, lambdas,
-                       mask=mask, scale=scale, block_n=block_n, tangent=tangent, data=data)
-        )  # fmt: skip
+        block = q[:, :, row * block_m : (row + 1) * block_m]
+        i = torch.arange(row * block_m, row * block_m + block.shape[2], device=q.device)
+        own = rows_of(i, k.shape[2], policy, mask=mask, scale=scale, block_n=block_n,
+                      tangent=tangent, data=data)  # fmt: skip
+        found.append(row_errors(block, kf, vf, order[:, :, r], own, lambdas))
     error, computed, norm = (torch.stack(parts, -2) for parts in zip(*found, strict=True))
     error, computed = shift(error, kept), shift(computed, kept)
     return Profile(rows, error, computed, before, norm[..., 0], kept, seen)
@@ -213,109 +213,6 @@ def ranking(scores: Tensor, forced: Tensor, visible: Tensor) -> tuple[Tensor, Te
     mass = torch.where(group == 1, mass, torch.inf)
     droppable = torch.argsort((group != 1).to(torch.uint8), dim=-1, stable=True)
     return by_score.gather(-1, stable), mass.gather(-1, droppable)
-
-
-def row_errors(
-    q: Tensor,
-    i: Tensor,
-    k: Tensor,
-    v: Tensor,
-    length_k: int,
-    order: Tensor,
-    policy: Tensor,
-    lambdas: Sequence[float],
-    *,
-    mask: Mask,
-    scale: float,
-    block_n: int,
-    tangent: bool,
-    data: DataMask | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tables of one query block by blocks kept.
-
-    q is `[B, Hq, M, D]` (rows i), k and v `[B, Hkv, NK·block_n, D]`, order `[B, Hq, NK]`.
-
-    Returns:
-        Errors and computed blocks `[Z, B, H, NK + 1]`, and Σ|o*| `[B, H, 1]`.
-    """
-    blocks = reach = k.shape[2] // block_n
-    if mask.causal:  # blocks past the diagonal are rank last: leave them out of the arithmetic
-        reach = max(1, min(blocks, (int(i[-1]) + mask.offset) // block_n + 1))
-    j = torch.arange(reach * block_n, device=q.device)
-    seen = token_visible(mask, policy, i, j) & (j < length_k)
-    if data is not None:
-        tokens = data.tokens(int(i[0]), int(i[-1]) + 1)[..., : len(j)]
-        seen = seen & torch.nn.functional.pad(tokens, (0, len(j) - tokens.shape[-1]))
-    k, v = k[:, :, : len(j)], v[:, :, : len(j)]
-    bias = None if data is None else data.rows_added(int(i[0]), int(i[-1]) + 1)
-    if bias is not None:
-        bias = torch.nn.functional.pad(bias[..., : len(j)], (0, max(0, len(j) - bias.shape[-1])))
-    weight, pv, gain, top = partials(q, k, v, seen, scale, block_n, bias)
-    # row n of `kept` sums the n + 1 blocks that rank first: a product is faster than a cumsum
-    rank = torch.argsort(order, dim=-1)[..., None, :reach]
-    kept = rank <= torch.arange(reach, device=q.device)[:, None]
-    exact = pv.sum(2, keepdim=True).div_(weight.sum(2)[:, :, None, :, None].clamp(min=LEAST))
-    norm = exact.abs().sum((2, 3, 4))[..., None]
-    if tangent:  # those of dropped blocks, as blocks of their own after the kept ones
-        kb = Blocks.of(length_k, block_n, q.device)
-        whole = head_full(mask, policy, Blocks(i[:1], i[-1:]), kb)[:, 0, :reach]
-        own = contributions(q, k, v, whole, top, length_k, scale, block_n)
-        weight, pv = (torch.cat(pair, 2) for pair in zip((weight, pv), own, strict=True))
-    errors, computed = [], []
-    for level in lambdas:
-        live = kept if level == -math.inf else kept & (gain >= level)[:, :, None]
-        summed = torch.cat([live, ~kept], -1) if tangent else live
-        error = distances(summed.to(pv.dtype), weight, pv, exact)
-        errors.append(fill(torch.cat([norm, error], -1), blocks))
-        computed.append(fill(live.sum(-1, dtype=torch.int32), blocks, first=True))
-    return torch.stack(errors), torch.stack(computed), norm
-
-
-def partials(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seen: Tensor,
-    scale: float,
-    block_n: int,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What every key block contributes to the rows of one query block, in plain fp32.
-
-    `bias` `[B', H', M, Lk]` is added to the scores.
-
-    Returns:
-        Weight `[B, H, J, M]` and weighted values `[B, H, J, M, D]`, relative to each row's largest
-        score; by how much a block comes closest to it, log2 units ≤ 0 `[B, H, J]`; and that
-        score `[B, H, M]`.
-    """
-    batch, heads, m, dim = q.shape
-    kv_heads, reach = k.shape[1], k.shape[2] // block_n
-    grouped = q.float().reshape(batch, kv_heads, -1, dim)
-    s = (grouped @ k.transpose(-1, -2)).view(batch, heads, m, -1)
-    s = s * scale if bias is None else s * scale + bias
-    s = s.masked_fill_(~seen, -torch.inf)
-    top = s.amax(-1, keepdim=True).clamp(min=-1 / LEAST)
-    s = s.sub_(top)
-    s = s.view(batch, heads, m, reach, block_n).transpose(2, 3)
-    gain = s.amax((3, 4)) * math.log2(math.e)
-    p = s.exp_()
-    values = v.view(batch, kv_heads, reach, block_n, dim)
-    pv = p.reshape(batch, kv_heads, -1, reach, m, block_n) @ values[:, :, None]
-    return p.sum(-1), pv.view(batch, heads, reach, m, dim), gain, top[..., 0]
-
-
-def distances(kept: Tensor, weight: Tensor, pv: Tensor, exact: Tensor) -> Tensor:
-    """Σ|o − o*| `[B, H, N]` with the blocks of every row of `kept` `[B, H, N, J]`."""
-    weight = kept @ weight
-    out = torch.unflatten(kept @ pv.flatten(3), 3, pv.shape[3:])
-    return out.div_(weight.clamp_(min=LEAST)[..., None]).sub_(exact).abs_().sum((3, 4))
-
-
-def fill(table: Tensor, blocks: int, *, first: bool = False) -> Tensor:
-    """Zeros after the last block within reach, and before the first one."""
-    table = torch.nn.functional.pad(table, (1 if first else 0, 0))
-    return torch.nn.functional.pad(table, (0, blocks + 1 - table.shape[-1]))
 
 
 def shift(error: Tensor, forced: Tensor) -> Tensor:

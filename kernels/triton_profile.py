@@ -5,7 +5,7 @@ comes to that score. `walk_kernel` adds the same blocks up again in the order of
 after each one writes Σ|o − o*|, for several lambda levels at once: they share QKᵀ and PV, and
 differ in which blocks go into their sums. Both weigh keys by exp2(s − largest score of the row):
 one fixed reference, so that nothing is rescaled and what the weights lose when they are rounded
-for the tensor cores is the same in o and in o*. The oracle is `kernels.profile.row_errors`.
+for the tensor cores is the same in o and in o*. The oracle is `kernels.profile_rows`.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
