@@ -1,8 +1,9 @@
 """What is made hybrid, and as what? A model and samples, ready to be evaluated, and wishes."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from afbs_compile.hybrid_samples import Sample
 from afbs_compile.options import default_cache_dir
 from afbs_compile.passes.sites import value
 from afbs_compile.profiling import POLL_SECONDS
-from afbs_compile.rankings import RANKINGS, ranking
+from afbs_compile.rankings import DRAWS, RANKINGS, SLOPES, forms, of_forms, ranking
 from afbs_compile.store import Store, digest, input_digest
 from afbs_compile.tuner.solvers import Solver
 from afbs_compile.versions import device_name, versions
@@ -38,7 +39,7 @@ class Wishes:
     sink: int = 4
     budget: int = 600
     objective: str = "kl"
-    prior: str = "fisher"
+    prior: str = "curvature"
     solver: str | Solver = "lns"
     seed: int = 0
     levels: tuple[int, ...] | None = None
@@ -95,16 +96,21 @@ class Subject:
         return [self.prior(name, wishes) for name in names]
 
     def prior(self, name: str, wishes: Wishes) -> np.ndarray:
-        """A static ranking [N], kept like evaluations."""
-        about = {"ranking": name, "seed": wishes.seed}
+        """A static ranking [N]."""
+        count = self.evaluator.layout.share(wishes.ratio)
+        if name in SLOPES:
+            return of_forms(name, self.kept("forms", forms, wishes), count)
+        return self.kept(name, partial(ranking, name), wishes)
 
-        def measure() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-            found = ranking(
-                name, self.evaluator, window=wishes.window, sink=wishes.sink, seed=wishes.seed
-            )
-            return {}, {"harm": found}
+    def kept(self, name: str, measure: Callable[..., np.ndarray], wishes: Wishes) -> np.ndarray:
+        """What rankings are made of, kept like evaluations."""
+        asked = {"window": wishes.window, "sink": wishes.sink, "seed": wishes.seed}
 
-        while (known := self.store.once(about, measure)) is None:
+        def measured() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+            return {}, {"harm": measure(self.evaluator, **asked)}
+
+        about = {"ranking": name, "seed": wishes.seed, "draws": DRAWS}
+        while (known := self.store.once(about, measured)) is None:
             time.sleep(POLL_SECONDS)
         return np.asarray(known[1]["harm"], dtype=np.float64)
 

@@ -69,10 +69,11 @@ def hybridize(
         loader: As in `tune`.
         on_progress: Told how far it is; by default bars on a terminal.
         **wishes: `window` (1024, itself included), `sink` (4 first tokens), `budget` (600
-            evaluations), `objective` (`kl` or `task`), `prior` (`fisher`, `locality`, `retrieval`,
-            `best` of these, which needs token ids, or `none`), `solver` (`lns`, `swaps`, `random`,
-            `nomad`, which needs PyNomadBBO, or a callable), `seed` (0), `levels` (windowed groups
-            that a layer may begin with), `seconds` (stop after so many), and `cache_dir`.
+            evaluations), `objective` (`kl` or `task`), `prior` (`curvature`, `fisher`,
+            `locality`, `retrieval`, `best` of these, which needs token ids, or `none`), `solver`
+            (`lns`, `swaps`, `random`, `nomad`, which needs PyNomadBBO, or a callable), `seed` (0),
+            `levels` (windowed groups that a layer may begin with), `seconds` (stop after so
+            many), and `cache_dir`.
 
     Returns:
         A policy for the length bucket of the longest input. Windowed heads hold at every length,

@@ -4,8 +4,10 @@ Each is an expected harm of windowing a KV group, larger for heads that should s
 - `locality`: attention mass outside window and sink, mean over the queries;
 - `retrieval`: on random tokens that come twice, attention mass on the earlier copy and on what
   followed it (Razor-like: induction heads find what they need there);
-- `fisher`: ½ E (∂ log p / ∂g)², g leading from the head's dense output to its windowed one, the
-  predictions drawn from the model: the second-order term of KL(dense ‖ hybrid).
+- `fisher`: ½ E (∂ log p / ∂g)², g leading from the head's dense output to its windowed one: the
+  second-order term of KL(dense ‖ hybrid), of each head alone;
+- `curvature`: the same with all pairs of heads, at the choice that costs least by it
+  (`tuner.curvature`), so it is one ranking for each number of windowed heads.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,11 +26,14 @@ from afbs_compile.kernels import dispatch
 from afbs_compile.kernels.geometry import Mask, token_visible
 from afbs_compile.passes.rewrite import Site
 from afbs_compile.policy_tensor import rows
+from afbs_compile.tuner import curvature
 from afbs_compile.tuner.arrays import Floats
 
-RANKINGS = ("fisher", "locality", "retrieval")
-DRAWS = 4  # of the predictions, for every call
+RANKINGS = ("curvature", "fisher", "locality", "retrieval")
+SLOPES = ("curvature", "fisher")  # rankings that `forms` tells
+DRAWS = 8  # of directions, for every call
 QUERIES = 256  # rows of attention at once
+TINY = 1e-30
 
 
 def ranking(name: str, evaluator: Evaluator, *, window: int, sink: int, seed: int = 0) -> Floats:
@@ -42,25 +47,26 @@ def ranking(name: str, evaluator: Evaluator, *, window: int, sink: int, seed: in
         return by_sites([outside(call, window, sink) for call in calls])
     if name == "retrieval":
         return by_sites([looked_up(call, seed) for call in calls[:1]])
-    if name != "fisher":
-        raise ValueError(f"no ranking {name!r}; there are {', '.join(RANKINGS)}")
+    raise ValueError(f"no ranking {name!r} of attention; there are locality, retrieval")
+
+
+def forms(evaluator: Evaluator, *, window: int, sink: int, seed: int = 0) -> Floats:
+    """What windowing costs in every task, as quadratic forms [T, N, N], nats a prediction."""
     evaluator.prepare()
     generator = torch.Generator(evaluator.device).manual_seed(seed)
-    found = [
-        fisher(call, counted.rows, window, sink, generator)
-        for call, (counted, _) in zip(calls, evaluator.dense, strict=True)
-    ]
-    tasks = per_task(found, [call.sample.task for call in calls])
-    return np.asarray(np.mean(tasks, 0), dtype=np.float64)
+    found: dict[str, list[Floats]] = {}
+    for call, (counted, _) in zip(evaluator.calls, evaluator.dense, strict=True):
+        own = slopes(call, counted.rows, window, sink, generator)
+        found.setdefault(call.sample.task, []).append(own)
+    return np.array([curvature.shrunk(np.concatenate(own)) for own in found.values()])
 
 
-def per_task(found: Sequence[Floats], tasks: Sequence[str]) -> list[Floats]:
-    """Means over the calls of each task, in units of their sum: tasks weigh the same."""
-    means = [
-        np.mean([x for x, name in zip(found, tasks, strict=True) if name == task], 0)
-        for task in dict.fromkeys(tasks)
-    ]
-    return [mean / max(float(mean.sum()), 1e-30) for mean in means]
+def of_forms(name: str, costs: Floats, count: int) -> Floats:
+    """The ranking that quadratic forms [T, N, N] tell, where `count` bits will be windowed."""
+    if name == "curvature":
+        return curvature.harms(costs, count)
+    alone = np.einsum("tnn->tn", costs)  # tasks weigh the same
+    return np.asarray((alone / np.maximum(alone.sum(1), TINY)[:, None]).mean(0))
 
 
 def by_sites(found: Sequence[Sequence[Tensor]]) -> Floats:
@@ -144,21 +150,29 @@ def by_group(harm: Tensor, groups: int) -> Tensor:
     return harm.view(groups, -1).sum(1)
 
 
-def fisher(
+def slopes(
     call: Call, counted: Tensor, window: int, sink: int, generator: torch.Generator
 ) -> Floats:
-    """Half the squared slope of the log-likelihood along every gate [N], nats a prediction."""
+    """Slopes x [M, N] of the predictions along the gates: E x xᵀ is half the Fisher information.
+
+    A direction is √p ⊙ ξ − p ⟨√p, ξ⟩ for each prediction, ξ random signs: its covariance is
+    diag p − p pᵀ, as that of predictions drawn from the model, but no draw is a rare large one.
+    """
     run = Gated(call, window, sink)
     logs = run.logits()[counted].float().log_softmax(-1)
-    total = [torch.zeros(site.kv_heads, device=logs.device) for site in call.sites]
+    root = logs.detach().div(2).exp_()
+    found = []
     for draw in range(DRAWS):
-        with torch.no_grad():
-            drawn = torch.multinomial(logs.exp(), 1, generator=generator)
-        likelihood = logs.gather(1, drawn).sum()
-        slopes = torch.autograd.grad(likelihood, run.gates, retain_graph=draw + 1 < DRAWS)
-        for sum_, slope in zip(total, slopes, strict=True):
-            sum_ += slope.squeeze(-1).squeeze(-1).square().sum(0) / (2 * DRAWS * len(counted))
-    return by_sites([total])
+        signs = torch.randint(0, 2, root.shape, generator=generator, device=root.device)
+        drawn = root * signs.mul_(2).sub_(1)
+        direction = drawn - root.square() * drawn.sum(-1, keepdim=True)
+        own = torch.autograd.grad(
+            (logs * direction).sum(), run.gates, retain_graph=draw + 1 < DRAWS
+        )  # fmt: skip
+        found.append(torch.cat([slope.flatten(1) for slope in own], 1).double())
+    documents = len(run.gates[0])
+    scale = (documents / (2 * len(counted))) ** 0.5
+    return np.asarray(torch.cat(found).mul_(scale).cpu().numpy())
 
 
 class Gated(Interpreter):

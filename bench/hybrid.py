@@ -23,13 +23,16 @@ from afbs_compile.commands.errors import CommandError
 from afbs_compile.commands.hybridize import load
 from afbs_compile.hybrid_losses import Losses
 from afbs_compile.hybrid_objective import FIGURES
+from afbs_compile.hybrid_subject import BEST
 from afbs_compile.profiling import Clock
 from afbs_compile.progress import OnProgress, Progress
+from afbs_compile.rankings import RANKINGS
 from afbs_compile.tuner.bosch import Found, Search
 from afbs_compile.tuner.heads import Bits, Impossible, text
 from afbs_compile.tuner.hybrid_baselines import CHEAP, METHODS, SEEDED, Question
 
 MEAN = "geometric"  # of the tasks' costs; earlier rows have `arithmetic`
+BEST_OF = f"best of {len(RANKINGS)}"  # earlier rows have `best`, of three: none was `curvature`
 KEY = ("model", "dtype", "texts", "tokens", "window", "sink", "ratio", "method", "budget", "seed",
        "calibration", "task")  # fmt: skip
 
@@ -137,7 +140,7 @@ def slot(ready: Setup, ratio: float, method: str, seed: int) -> Row:
         "budget": args.budget,
         "seed": seed,
         "calibration": f"{args.tasks} x{args.documents}+{args.held}, {args.objective}, "
-        f"{args.prior}, {MEAN}",
+        f"{BEST_OF if args.prior == BEST else args.prior}, {MEAN}",
     }
 
 

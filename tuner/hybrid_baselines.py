@@ -75,6 +75,14 @@ def by_search(prior: bool = True, finals: bool = True, **changes: object) -> Met
     return choose
 
 
+def without_curvature(question: Question) -> Found:
+    """A search that begins with the other rankings only."""
+    wanted = question.wanted
+    if wanted.others:
+        wanted = replace(wanted, prior=wanted.others[0], others=wanted.others[1:])
+    return bosch.search(question.objective, wanted, question.on_best, question.validate)
+
+
 def at_random(question: Question) -> Found:
     """Any bits."""
     layout = question.wanted.layout
@@ -115,6 +123,7 @@ METHODS: dict[str, Method] = {
     "bosch": by_search(),
     "bosch-cold": by_search(prior=False),
     "one-prior": by_search(others=()),
+    "no-curvature": without_curvature,
     "no-finals": by_search(finals=False),
     "stages-1-2": by_search(stages=("probes", "ratios")),
     "no-ratios": by_search(stages=("probes", "groups", "exchange")),
@@ -123,6 +132,7 @@ METHODS: dict[str, Method] = {
     "one-stage-swaps": by_search(prior=False, stages=("exchange",), solver="swaps"),
     "one-stage-random": by_search(prior=False, stages=("exchange",), solver="random"),
     "whole-layers": whole_layers,
+    "curvature": by_ranking("curvature"),
     "fisher": by_ranking("fisher"),
     "retrieval": by_ranking("retrieval"),
     "locality": by_ranking("locality"),
@@ -133,7 +143,11 @@ METHODS: dict[str, Method] = {
     "random": at_random,
 }
 SEEDED = (
-    "bosch", "bosch-cold", "one-prior", "no-finals", "stages-1-2", "no-ratios", "no-exchange",
-    "one-stage-lns", "one-stage-swaps", "one-stage-random", "whole-layers", "random",
+    "bosch", "bosch-cold", "one-prior", "no-curvature", "no-finals", "stages-1-2", "no-ratios",
+    "no-exchange", "one-stage-lns", "one-stage-swaps", "one-stage-random", "whole-layers",
+    "random",
 )  # fmt: skip
-CHEAP = ("fisher", "retrieval", "locality", "begin", "middle", "end", "interleaved", "random")
+CHEAP = (
+    "curvature", "fisher", "retrieval", "locality", "begin", "middle", "end", "interleaved",
+    "random",
+)  # fmt: skip

@@ -89,7 +89,8 @@ def add_common(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--objective", choices=("kl", "task"), default="kl")
     command.add_argument(
-        "--prior", choices=("best", "fisher", "locality", "retrieval", "none"), default="best",
+        "--prior", choices=("best", "curvature", "fisher", "locality", "retrieval", "none"),
+        default="best",
         help="static ranking to begin with (best: the one whose own choice costs least)",
     )  # fmt: skip
     command.add_argument("--solver", choices=("lns", "swaps", "random", "nomad"), default="lns")

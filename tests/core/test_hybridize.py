@@ -283,28 +283,43 @@ def test_heads_that_do_not_matter_are_no_objective(tmp_path):
 @pytest.mark.parametrize("prior", rankings.RANKINGS)
 def test_rankings_are_harms_by_group(tmp_path, prior):
     model, ids = net(), [tokens(0)]
-    harm = rankings.ranking(prior, evaluator(model, *ids), window=WINDOW, sink=SINK)
+    harm = prior_of(prior, model, ids, tmp_path)
     assert harm.shape == (6,)
     assert np.all(harm >= 0)
     assert np.isfinite(harm).all()
     assert np.mean(chosen(search(model, ids, tmp_path, prior=prior))) == 0.5
 
 
-def test_fisher_is_the_second_order_of_the_divergence(monkeypatch):
-    monkeypatch.setattr(rankings, "DRAWS", 100)
+def prior_of(name, model, ids, folder):
+    wishes = Wishes(0.5, WINDOW, SINK, cache_dir=folder)
+    ready = subject(model, [Sample(x) for x in ids], wishes)
+    with ready.store:
+        return ready.prior(name, wishes)
+
+
+def test_curvature_is_the_second_order_of_the_divergence(monkeypatch):
+    monkeypatch.setattr(rankings, "DRAWS", 200)
     model, ids = net(), tokens(0, batch=1, length=64)
     (call,) = evaluator(model, ids).calls
     counted = torch.arange(ids.numel())
     generator = torch.Generator().manual_seed(0)
-    harm = rankings.fisher(call, counted, WINDOW, SINK, generator)
-    for group in (0, 3, 5):
-        dense, near = (gated(call, group, size) for size in (0.0, 0.05))
-        kl = kl_div(near, dense, log_target=True, reduction="batchmean")
-        assert float(kl) / 0.05**2 == pytest.approx(harm[group], rel=0.4)
+    found = rankings.slopes(call, counted, WINDOW, SINK, generator)
+    form = found.T @ found / len(found)
+    for groups in ((0,), (3,), (5,), (0, 1), (1, 4)):
+        dense, near = (gated(call, groups, size) for size in (0.0, 0.05))
+        kl = float(kl_div(near, dense, log_target=True, reduction="batchmean"))
+        assert kl / 0.05**2 == pytest.approx(form[np.ix_(groups, groups)].sum(), rel=0.3)
 
 
-def gated(call, group, size):
-    """Log-probabilities with one group's gate open by `size`."""
+def test_fisher_is_the_curvature_of_each_head_alone(tmp_path):
+    form = np.array([[2.0, 1.0], [1.0, 6.0]])
+    np.testing.assert_allclose(
+        rankings.of_forms("fisher", np.stack([form, form]), 1), [0.25, 0.75]
+    )
+
+
+def gated(call, groups, size):
+    """Log-probabilities with the gates of some groups open by `size`."""
     run = rankings.Gated(call, WINDOW, SINK)
     plain = torch.zeros
 
@@ -313,7 +328,8 @@ def gated(call, group, size):
         if how.get("requires_grad"):
             n = len(run.gates)
             with torch.no_grad():
-                made[:, group % 2] = size if n == group // 2 else 0.0
+                for group in groups:
+                    made[:, group % 2] += size if n == group // 2 else 0.0
         return made
 
     with pytest.MonkeyPatch.context() as patch:
