@@ -4,9 +4,10 @@ Takes several inputs; with two or more the last is held out and thresholds back 
 bound holds on it too.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,11 +21,12 @@ from afbs_compile.backend import standing_reason
 from afbs_compile.executors import helpers
 from afbs_compile.inputs import Shapes, weight_names
 from afbs_compile.logs import warn
-from afbs_compile.measurements import help_out
+from afbs_compile.measurements import help_out, run_along
 from afbs_compile.options import Options, parse
 from afbs_compile.passes.plan import Plan, plan
 from afbs_compile.policy import Policy, bucket_of
 from afbs_compile.problem import Problem, store_of
+from afbs_compile.progress import Progress
 from afbs_compile.source import measure_now
 from afbs_compile.weights import Layer, new_layer
 
@@ -39,20 +41,46 @@ class Recorded:
     layer: Layer
     found: Plan
     shapes: Shapes
+    options: Options
+    measuring: bool = False
     calls: list[list[Any]] = field(default_factory=list)
+    spent_s: list[float] = field(default_factory=list)
 
     def __call__(self, *args: Any) -> Any:
         """Run as it was, and remember the arguments."""
         self.calls.append(list(args))
-        return self.gm(*args)
+        self.spent_s.append(0.0)
+        length = self.length(args)
+        if not self.measuring or length < self.options.min_length:
+            return self.gm(*args)
+        problem, begun = self.problem([self.calls[-1]], length, 0.0), time.perf_counter()
+        with store_of(problem, self.layer.key) as store, Progress() as progress:
+            if not store.lasting:
+                return self.gm(*args)
+            output = run_along(problem, store, progress)
+        self.spent_s[-1] = time.perf_counter() - begun
+        return output
+
+    def length(self, args: Sequence[Any]) -> int:
+        """Tokens of a call."""
+        return self.shapes.length(self.shapes.sizes(args))
+
+    def problem(self, inputs: list[list[Any]], length: int, spent_s: float) -> Problem:
+        """What some of its calls are to tuning."""
+        return Problem(
+            self.gm, inputs, self.found.sites, self.options, length,
+            weights=self.layer.sites, spent_s=spent_s,
+        )  # fmt: skip
 
 
 class Recorder:
     """A Dynamo backend that compiles nothing and remembers graphs that can be tuned."""
 
-    def __init__(self, options: Options) -> None:
-        """Record for tuning with `options`."""
+    def __init__(self, options: Options, *, measuring: bool = False) -> None:
+        """Record for tuning with `options`, and profile while the graphs run if `measuring`."""
         self.options = options
+        self.measuring = measuring
+        self.interrupted = False
         self.graphs: list[Recorded] = []
         self.refused: dict[str, str] = {}
 
@@ -65,7 +93,9 @@ class Recorder:
         named = [(name, example_inputs[n]) for n, name in weight_names(gm, example_inputs).items()]
         layer = new_layer(named, {site.name: site.heads for site in found.sites}, found.gm.code)
         shapes = Shapes.of(example_inputs, found.sites)
-        self.graphs.append(Recorded(found.gm, layer, found, shapes))
+        self.graphs.append(
+            Recorded(found.gm, layer, found, shapes, self.options, self.measuring)
+        )  # fmt: skip
         return self.graphs[-1]
 
 
@@ -116,7 +146,8 @@ def tune(
     if executor in ("local", "ray") and wishes.evaluator != "profile":
         raise ValueError(f"evaluator {wishes.evaluator!r} cannot be shared; use 'profile'")
     task = Task(loader or model, to("cpu", inputs) if executor else inputs, options)
-    found = recorded(model, inputs, wishes)
+    alone = executor is None and wishes.tuning_budget_s is None and wishes.evaluator == "profile"
+    found = recorded(model, inputs, wishes, measuring=alone)
     if not found:
         raise ValueError(
             "no attention call can be made sparse (is max_error 0, or every call shorter than "
@@ -139,14 +170,22 @@ def tune(
 
 
 def recorded(
-    model: nn.Module, inputs: Sequence[Input], wishes: Options
+    model: nn.Module, inputs: Sequence[Input], wishes: Options, *, measuring: bool = False
 ) -> list[tuple[Problem, str]]:
-    """The problems that a model poses on some inputs, with the keys of their weights."""
-    recorder = Recorder(wishes)
+    """The problems that a model poses on some inputs, with the keys of their weights.
+
+    With `measuring` the model's run is also the pass that profiles them, which saves one.
+    """
+    recorder = Recorder(wishes, measuring=measuring)
     compiled = torch.compile(model, backend=recorder)
-    with torch.no_grad():
-        for given in inputs:
-            call(compiled, given)
+    try:
+        with torch.no_grad():
+            for given in inputs:
+                call(compiled, given)
+    except KeyboardInterrupt:
+        recorder.interrupted = measuring
+        if not problems(recorder) or not measuring:
+            raise
     return problems(recorder)
 
 
@@ -177,16 +216,14 @@ def problems(recorder: Recorder) -> list[tuple[Problem, str]]:
     """One problem for every model and length bucket; its length is the longest seen."""
     result = []
     for graph in recorder.graphs:
-        buckets: dict[int, list[tuple[int, list[Any]]]] = {}
-        for args in graph.calls:
-            length = graph.shapes.length(graph.shapes.sizes(args))
+        buckets: dict[int, list[tuple[int, list[Any], float]]] = {}
+        for args, spent_s in zip(graph.calls, graph.spent_s, strict=True):
+            length = graph.length(args)
             if length >= recorder.options.min_length:
-                buckets.setdefault(bucket_of(length), []).append((length, args))
+                buckets.setdefault(bucket_of(length), []).append((length, args, spent_s))
         for seen in buckets.values():
-            longest = max(length for length, _ in seen)
-            problem = Problem(
-                graph.gm, [args for _, args in seen], graph.found.sites, recorder.options, longest,
-                weights=graph.layer.sites,
-            )  # fmt: skip
+            lengths, inputs, spent = zip(*seen, strict=True)
+            problem = graph.problem(list(inputs), max(lengths), sum(spent))
+            problem = replace(problem, interrupted=recorder.interrupted)
             result.append((problem, graph.layer.key))
     return result

@@ -59,7 +59,7 @@ def calibrate(
                 found.setdefault(site.name, pending(site, stopped))
     if stopped == INTERRUPTED:
         raise KeyboardInterrupt
-    made = tuning(problem, found, trace, time.perf_counter() - start)
+    made = tuning(problem, found, trace, problem.spent_s + time.perf_counter() - start)
     if damage is None:
         return made
     return replace(made, kl=damage.kl, perplexity_increase=damage.perplexity_increase)

@@ -77,12 +77,21 @@ class Stream:
     """Layers of a graph on one set of inputs.
 
     Inputs that the graph may change in place are copied for every pass, and random states are put
-    back, so that the caller's own run sees the world as it was.
+    back, so that the caller's own run sees the world as it was. Unless the pass is that very run:
+    then there is one, it changes what the graph changes, and it has an output.
     """
 
-    def __init__(self, gm: GraphModule, inputs: Sequence[Any], sites: Sequence[Site]) -> None:
+    def __init__(
+        self,
+        gm: GraphModule,
+        inputs: Sequence[Any],
+        sites: Sequence[Site],
+        *,
+        own_run: bool = False,
+    ) -> None:
         """Prepare passes of `gm` over `inputs` (real tensors and ints, one a placeholder)."""
         self.gm, self.inputs, self.sites = gm, inputs, list(sites)
+        self.own_run, self.output = own_run, None
         self.order = {site.name: n for n, site in enumerate(sites)}
         self.position = len(self.sites)
         self.layers: Iterator[Layer] = iter(())
@@ -99,11 +108,20 @@ class Stream:
         assert self.current is not None
         return self.current
 
+    def finish(self) -> Any:
+        """The output of the graph, at the end of its own run."""
+        if self.current is None:
+            self.layers = self.run()
+        for _ in self.layers:
+            pass  # sites that nobody asked for
+        return self.output
+
     def run(self) -> Iterator[Layer]:
         """One pass; yields each site's layer before the site runs."""
         by_node = {site.call.node: site for site in self.sites}
         interpreter, casts = Interpreter(self.gm), Casts()
-        interpreter.args_iter = iter(private(self.gm, self.inputs))
+        given = self.inputs if self.own_run else private(self.gm, self.inputs)
+        interpreter.args_iter = iter(given)
         uses = remaining_uses(self.gm, self.sites)
         left = len(self.sites)
         try:
@@ -113,11 +131,11 @@ class Stream:
                     casts.leave()
                     yield layer
                     left -= 1
-                    if not left:
+                    if not left and not self.own_run:
                         return
                     casts.enter()
                 with torch.no_grad():
-                    interpreter.env[node] = step(interpreter, node)
+                    self.output = interpreter.env[node] = step(interpreter, node)
                 casts.note(node, interpreter.env)
                 for used in uses.get(node, ()):
                     interpreter.env.pop(used, None)

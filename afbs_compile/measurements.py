@@ -1,6 +1,7 @@
 """What can the search ask? Evaluators of every site on every input, and what a call takes."""
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from afbs_compile.tuner.objective import (
     weights_of,
 )
 from afbs_compile.tuner.objective import measure as measure_at
+
+LOGGER = logging.getLogger(__name__)
 
 Measure = Callable[[Layer, str, str], Speed]
 
@@ -76,16 +79,10 @@ def walk_of(
 ) -> Walk:
     """A walk over the sites of a problem."""
     return Walk(
-        problem.sites,
-        streams,
-        digests(problem),
-        store,
-        problem.options.selector,
-        problem.options.compensation,
-        LOW[problem.options.fidelity],
-        clock,
-        on_progress,
-    )
+        problem.sites, streams, digests(problem), store, problem.options.selector,
+        problem.options.compensation, LOW[problem.options.fidelity], clock, on_progress,
+        interrupted=problem.interrupted,
+    )  # fmt: skip
 
 
 def help_out(problem: Problem, store: Store) -> None:
@@ -96,6 +93,27 @@ def help_out(problem: Problem, store: Store) -> None:
         walk = walk_of(problem, streams, store, clock, lambda done, total, phase, site: None)
         walk.keep = False
         walk.run()
+
+
+def run_along(problem: Problem, store: Store, on_progress: OnProgress) -> Any:
+    """The graph's output on its one set of inputs, every site profiled on the way.
+
+    What it measures is found in the store by the tuning that follows, which needs no pass then.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed; what was measured is kept.
+    """
+    stream = Stream(problem.gm, problem.inputs[0], problem.sites, own_run=True)
+    walk = walk_of(problem, [stream], store, Clock(None), on_progress)
+    walk.keep = False
+    try:
+        with untraced():
+            walk.run()
+    except (ValueError, torch.OutOfMemoryError) as error:  # the tuning meets it again, and says so
+        LOGGER.info("not profiled while the model ran: %s", error)
+    if walk.stopped:
+        raise KeyboardInterrupt
+    return stream.finish()
 
 
 def begun(problem: Problem, store: Store) -> bool:

@@ -25,6 +25,8 @@ class Problem:
         options: The user's wishes.
         length: Tokens; names the bucket.
         weights: Key of the weights of each site's module, by site, where it has any.
+        spent_s: What was measured for it already took so many seconds.
+        interrupted: Ctrl-C was pressed then: no more is measured, what is there makes a policy.
     """
 
     gm: GraphModule
@@ -33,6 +35,8 @@ class Problem:
     options: Options
     length: int
     weights: Mapping[str, str] = field(default_factory=dict)
+    spent_s: float = 0.0
+    interrupted: bool = False
 
     @property
     def device(self) -> torch.device:

@@ -61,6 +61,7 @@ class Walk:
         clock: When to end.
         on_progress: Told about every site.
         keep: Whether tables stay in memory; a helper has no use for them.
+        interrupted: Whether it only collects.
         found: By site and number of the input.
         stopped: Why it ended early, or None.
         measured: Jobs that this worker did itself.
@@ -76,6 +77,7 @@ class Walk:
     clock: Clock
     on_progress: OnProgress
     keep: bool = True
+    interrupted: bool = False
     found: dict[tuple[str, int], Found] = field(default_factory=dict)
     stopped: str | None = None
     measured: int = 0
@@ -84,6 +86,8 @@ class Walk:
         """Do and collect jobs until all are there, or until it is enough."""
         try:
             left = self.once_over(self.sites)
+            if self.interrupted:
+                self.stopped = INTERRUPTED
             while left and self.keep and not self.stopped:
                 if self.clock.over():
                     self.stopped = BUDGET
@@ -114,7 +118,11 @@ class Walk:
         """Do or collect one job; False if somebody else is at it."""
         if (site.name, n) in self.found:
             return True
-        known = self.store.once(job(site, self.inputs[n]), lambda: self.measure(site, n))
+        about = job(site, self.inputs[n])
+        if self.interrupted:
+            known = self.store.load(about)
+        else:
+            known = self.store.once(about, lambda: self.measure(site, n))
         if known is None:
             return False
         if self.keep:

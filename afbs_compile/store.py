@@ -133,6 +133,7 @@ class Store:
         self.folder = cache.work_folder(cache_dir) / name
         self.leases = Leases(self.folder, leases.TIMEOUT_S)
         self.left = ExitStack()
+        self.lasting = True  # others find it, and so does a later start
 
     def __enter__(self) -> Self:
         """Join whoever works on the same tuning."""
@@ -157,6 +158,7 @@ class Store:
             f"an unfinished tuning cannot be kept in {self.folder.parent} ({error}), so it begins "
             "again if it is interrupted; set AFBS_CACHE_DIR or the option 'cache_dir'"
         )
+        self.lasting = False
         parent = Path(tempfile.mkdtemp(prefix="afbs-"))
         self.left.callback(shutil.rmtree, parent, ignore_errors=True)
         self.folder = parent / self.folder.name

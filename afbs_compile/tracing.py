@@ -51,7 +51,7 @@ class Tracer:
             raise Untraceable(f"the model cannot be traced: {reason}") from error
         finally:
             for graph in self.recorder.graphs:
-                graph.calls = []  # a problem has its own list of them
+                graph.calls, graph.spent_s = [], []  # a problem has its own list of them
 
 
 def copied(inputs: Any) -> Any:

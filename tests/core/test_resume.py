@@ -1,6 +1,7 @@
 """A tuning that ends early leaves a valid policy, and a later start goes on where it stopped."""
 
 import itertools
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import afbs_compile
-from afbs_compile import backend, cache, calibrate, measurements, profiling
+from afbs_compile import ahead, backend, cache, calibrate, capture, measurements, profiling
 from afbs_compile.logs import AfbsWarning
 from afbs_compile.policy import Policy
 from afbs_compile.report import JOURNAL
@@ -209,6 +210,72 @@ def test_tuning_ahead_goes_on_too(measured, tmp_path):
     policy = afbs_compile.tune(model(), inputs, **OPTIONS)
     assert measured.since() == 2 * LAYERS - 3
     assert timeless(policy.tunings[0]) == want
+
+
+def test_ctrl_c_ahead_of_time_keeps_a_valid_policy(measured, tmp_path):
+    want = serial(tmp_path, tokens())
+    measured.since()
+    measured.raise_at = 3
+    with pytest.raises(KeyboardInterrupt):
+        afbs_compile.tune(model(), [tokens()], **OPTIONS)
+    assert measured.since() == 3  # none after it
+    assert tuned(newest()) == NAMES[:2]
+    assert not newest().complete
+    measured.raise_at = None
+    torch._dynamo.reset()
+    policy = afbs_compile.tune(model(), [tokens()], **OPTIONS)
+    assert measured.since() == LAYERS - 2
+    assert timeless(policy.tunings[0]) == want
+
+
+def test_ctrl_c_before_anything_is_known_keeps_nothing(measured):
+    measured.raise_at = 1
+    with pytest.raises(KeyboardInterrupt):
+        afbs_compile.tune(model(), [tokens()], **OPTIONS)
+    assert cache.entries() == []
+
+
+def test_tuning_ahead_is_the_models_own_run(measured, monkeypatch, tmp_path):
+    """One pass an input, and a second one only as far as the first layer, whose speed is taken."""
+    ran, original = Counter(), capture.step
+
+    def counting(interpreter, node):
+        ran[node.name] += 1
+        return original(interpreter, node)
+
+    monkeypatch.setattr(capture, "step", counting)
+    inputs = [tokens(seed) for seed in range(3)]
+    own = serial(tmp_path / "own", *inputs)
+    assert ran["output"] == len(inputs)
+    again = [name for name, times in ran.items() if times > len(inputs)]
+    assert 0 < len(again) < len(ran) / 2
+    ran.clear()
+    apart = serial(tmp_path / "apart", *inputs, tuning_budget_s=1e6)
+    assert ran["output"] == 0
+    assert own.sites == apart.sites
+    assert own.evaluations == apart.evaluations
+
+
+def test_the_own_run_changes_what_the_graph_changes():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Layer()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.layer(x) + self.calls
+
+    counting, x = Counting(), tokens()
+    recorder = ahead.Recorder(ahead.parse(OPTIONS), measuring=True)
+    compiled = torch.compile(counting, backend=recorder)
+    with torch.no_grad():
+        outputs = [compiled(x) for _ in range(2)]
+        want = counting.layer(x)
+    assert counting.calls == 2
+    for n, output in enumerate(outputs, 1):
+        torch.testing.assert_close(output, want + n)
 
 
 def test_other_options_measure_anew(measured):
