@@ -212,6 +212,11 @@ class DirectEvaluator:
         density = kept.sum(0) / seen.sum(0).clamp(min=1)
         return Measured(relative.cpu().numpy(), density.cpu().numpy())
 
+    def density(self, policy: Tensor) -> float:
+        """Share of the visible blocks that all heads keep; nothing is attended over."""
+        counts, visible = self.count(self.layers.layer(self.site), policy)
+        return float((counts.sum(0) / visible.sum(0).clamp(min=1)).mean())
+
     def run(self, part: Layer, policy: Tensor) -> Tensor:
         """The op on a part of the layer."""
         return dispatch.attention(

@@ -16,7 +16,7 @@ from torch import Tensor
 from afbs_compile.capture import Layer
 from afbs_compile.evaluators import DirectEvaluator, policy_at
 from afbs_compile.kernels import dispatch
-from afbs_compile.tuner.objective import FULL, U_MAX
+from afbs_compile.tuner.objective import U_MAX
 
 REPEATS = 3
 
@@ -58,8 +58,8 @@ def measure(layer: Layer, selector: str, compensation: str = "none") -> Speed:
     heads = layer.q.shape[1]
     direct = DirectEvaluator(One(layer), "timing", heads, selector, compensation=compensation)
     ends = [np.zeros(heads), np.full(heads, U_MAX)]
-    densities = [float(direct(u, FULL).density.mean()) for u in ends]
     policies = [policy_at(1 - 10.0**-u, layer.q.device) for u in ends]
+    densities = [direct.density(policy) for policy in policies]
     calls: list[Callable[[], Tensor]] = [
         lambda: dispatch.dense(
             layer.q, layer.k, layer.v, mask=layer.mask, scale=layer.scale, data=layer.data
