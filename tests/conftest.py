@@ -54,6 +54,16 @@ def private_cache(tmp_path, monkeypatch):
     return tmp_path / "afbs-cache"
 
 
+@pytest.fixture(autouse=True)
+def plain_scores(request, monkeypatch):
+    """Selection on a CPU runs uncompiled, unless a test is marked `fused_scores`.
+
+    It is half of what there is to compile. That it is the same compiled: `kernels/test_selection`.
+    """
+    if not request.node.get_closest_marker("fused_scores"):
+        monkeypatch.setattr(dispatch, "fused_scores", lambda *_: None)
+
+
 @pytest.fixture
 def poisoned_empty(monkeypatch):
     """`torch.empty` and `empty_like` give NaN, so output that nobody wrote is seen."""
@@ -96,7 +106,6 @@ def fresh_dynamo():
 def uncompiled(monkeypatch):
     """The kernels' oracles in their places: nothing to compile."""
     monkeypatch.setattr(flex, "forward", oracle)
-    monkeypatch.setattr(dispatch, "fused_scores", lambda *_: None)
 
 
 def oracle(*args, beside=None, masked=None, **keywords):

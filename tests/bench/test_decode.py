@@ -7,7 +7,7 @@ import torch
 
 from afbs_compile import cli
 from afbs_compile.bench import decode, decode_model, decode_prompt, decode_show
-from afbs_compile.kernels import dispatch, flex
+from afbs_compile.kernels import flex
 
 TINY = ("bench", "decode", "--model", "tiny", "--window", "8", "--sink", "2", "--json")
 BYTES = 2 * 2 * 4 * 32 * 4  # k and v, layers, KV heads, head dim, float32: of a token
@@ -57,7 +57,6 @@ def test_one_layer(afbs):
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_a_prompt(afbs, monkeypatch):
     monkeypatch.setattr(flex, "fused", lambda function, kind: function)
-    monkeypatch.setattr(dispatch, "fused_scores", lambda *_: None)
     arguments = (*TINY, "--cases", "1x200", "--ratios", "0.5,0", "--case", "prompt")
     code, out, _ = afbs(*arguments)
     rows = json.loads(out)["rows"]

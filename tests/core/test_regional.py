@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 import afbs_compile
 from afbs_compile import backend, calibrate, runner
 from afbs_compile.identity import model_key, rows_of
-from afbs_compile.kernels import dispatch, flex, reference
+from afbs_compile.kernels import flex, reference
 from afbs_compile.kernels.geometry import Mask
 from afbs_compile.kernels.selection import select
 from afbs_compile.logs import AfbsWarning
@@ -83,7 +83,6 @@ def plainly(*args, beside=None, masked=None, **site):
 def uncompiled(monkeypatch):
     """Graphs and kernels run as they are written."""
     monkeypatch.setattr(flex, "forward", plainly)
-    monkeypatch.setattr(dispatch, "fused_scores", lambda *_: None)
     monkeypatch.setattr(backend, "inductor", lambda gm, inputs, options: gm.forward)
     monkeypatch.setattr(runner, "later", lambda gm, dynamic, options: gm.forward)
 

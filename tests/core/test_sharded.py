@@ -70,7 +70,7 @@ def fork(folder):
         try:
             mine = ahead.parse(OPTIONS | {"cache_dir": str(folder)})
             again = [(replace(problem, options=mine), key) for problem, key in graphs]
-            ahead.recorded = lambda *_: again
+            ahead.recorded = lambda *_, **__: again
             afbs_compile.tune(model, inputs, cache_dir=folder, **OPTIONS)
             code = 0
         finally:

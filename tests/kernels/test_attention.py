@@ -60,6 +60,7 @@ def test_cpu_path_equals_the_reference(problems, data, mode):
     torch.testing.assert_close(out, want, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.fused_scores
 @COMPILED
 @given(st.data())
 def test_dispatch_with_density_one_is_dense(problems, data):
@@ -91,6 +92,7 @@ def test_dense_is_sdpa_under_the_mask(problems, data):
     torch.testing.assert_close(out[:, :, seen], problem.dense()[:, :, seen], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.fused_scores
 def test_one_compilation_serves_all_lengths(policy_tensor, fresh_dynamo):
     fused.cache_clear()
     torch._dynamo.utils.counters.clear()

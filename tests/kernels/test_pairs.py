@@ -36,8 +36,8 @@ def test_forward_and_gradients_are_the_oracles(problems, data, mode):
     do = torch.randn(q.shape, generator=torch.Generator().manual_seed(0))
     got = pairs.backward(do, q, k, v, o, lse, *chosen, problem.policy, **problem.site)
     wanted = reference.backward(do, q, k, v, *chosen, problem.policy, **problem.site)
-    for mine, theirs in zip(got, wanted, strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+    for mine, theirs in zip(got, wanted, strict=True):  # sums over all queries, in fp32
+        torch.testing.assert_close(mine, theirs, atol=5e-5, rtol=1e-5)
 
 
 @given(st.data())

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from afbs_compile.kernels import dispatch
 from afbs_compile.kernels import policy_columns as col
 from afbs_compile.kernels import scores as scores_module
+from afbs_compile.kernels.data_mask import blocked, gathered
 from afbs_compile.kernels.geometry import Blocks, Mask, head_visible
 from afbs_compile.kernels.lists import from_keep, to_keep
 from afbs_compile.kernels.scores import SELECTORS, block_scores
@@ -155,6 +156,7 @@ def test_lists_round_trip(rows, columns, seed):
         assert bool(((row >= 0) & (row < columns)).all())
 
 
+@pytest.mark.fused_scores
 def test_fused_scores_are_the_plain_ones_whatever_came_first(policy_tensor):
     """Code that was made for one query block once gave the first block's scores to all."""
     q, k = torch.randn(1, 2, 192, 32), torch.randn(1, 1, 256, 32)
@@ -163,4 +165,20 @@ def test_fused_scores_are_the_plain_ones_whatever_came_first(policy_tensor):
         given = q[:, :, :length_q], k[:, :, :length_k], policy_tensor(2, sink=64)
         want, _ = block_scores(*given, **site)
         got, _ = block_scores(*given, **site, core=dispatch.fused_scores(*given[:2], "sub8"))
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.fused_scores
+def test_fused_scores_under_a_mask_are_the_plain_ones(policy_tensor):
+    q, k = torch.randn(2, 2, 192, 32), torch.randn(2, 1, 256, 32)
+    site = {"mask": Mask(True, 64), "scale": 0.3, "block_m": 64, "block_n": 64}
+    for ends in ((200, 256), (100, 3)):
+        keys = torch.arange(256) < torch.tensor(ends)[:, None]
+        data = gathered([keys, None, None, None], (192, 256))
+        masked = blocked(data, site["mask"], 192, 256, block_m=64, block_n=64)
+        core = dispatch.fused_scores(q, k, "sub8", masked)
+        want, got = (
+            block_scores(q, k, policy_tensor(2, sink=64), selector="sub8", masked=masked,
+                         core=way, **site)[0] for way in (None, core)
+        )  # fmt: skip
         torch.testing.assert_close(got, want)

@@ -34,7 +34,7 @@ def holds(result, sites, goal):
             np.testing.assert_array_equal(values[found.dense], expected)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 10**6),
     strategy=names,
