@@ -256,6 +256,16 @@ def test_tuning_ahead_is_the_models_own_run(measured, monkeypatch, tmp_path):
     assert own.evaluations == apart.evaluations
 
 
+def test_nothing_is_measured_twice_where_nothing_can_be_kept(measured, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.warns(AfbsWarning, match="cannot be kept"):
+        policy = afbs_compile.tune(
+            model(), [tokens()], cache_dir=tmp_path / "file" / "cache", **OPTIONS
+        )
+    assert measured.since() == LAYERS
+    assert policy.tunings[0].complete
+
+
 def test_the_own_run_changes_what_the_graph_changes():
     class Counting(nn.Module):
         def __init__(self):
