@@ -19,8 +19,10 @@ from afbs_compile.hybrid_samples import Sample
 from afbs_compile.options import default_cache_dir
 from afbs_compile.passes.sites import value
 from afbs_compile.profiling import POLL_SECONDS
-from afbs_compile.rankings import DRAWS, RANKINGS, SLOPES, forms, of_forms, ranking
+from afbs_compile.rankings import CURVATURE, DRAWS, RANKINGS, SLOPES, forms, of_forms, ranking
 from afbs_compile.store import Store, digest, input_digest
+from afbs_compile.tuner import curvature
+from afbs_compile.tuner.pull import Foreseen
 from afbs_compile.tuner.solvers import Solver
 from afbs_compile.versions import device_name, versions
 
@@ -39,7 +41,7 @@ class Wishes:
     sink: int = 4
     budget: int = 600
     objective: str = "kl"
-    prior: str = "curvature"
+    prior: str = CURVATURE
     solver: str | Solver = "lns"
     seed: int = 0
     levels: tuple[int, ...] | None = None
@@ -94,6 +96,12 @@ class Subject:
         """The rankings that a search begins with; none if it was asked for none."""
         names = {BEST: RANKINGS, "none": ()}.get(wishes.prior, (wishes.prior,))
         return [self.prior(name, wishes) for name in names]
+
+    def foreseen(self, wishes: Wishes) -> Foreseen | None:
+        """What a search by KL is pulled to, if curvature is among what it begins with."""
+        if wishes.prior not in (CURVATURE, BEST) or wishes.objective != "kl":
+            return None
+        return curvature.foreseen(self.kept("forms", forms, wishes))
 
     def prior(self, name: str, wishes: Wishes) -> np.ndarray:
         """A static ranking [N]."""

@@ -112,7 +112,7 @@ def searched(
     if wishes.prior != "none" and 0 < layout.share(wishes.ratio) < layout.size:
         on_progress(0, wishes.budget, "search", f"ranking: {wishes.prior}")
         first, *others = ready.priors(wishes)
-        wanted = replace(wanted, prior=first, others=others)
+        wanted = replace(wanted, prior=first, others=others, foreseen=ready.foreseen(wishes))
 
     def on_best(done: int, budget: int, stage: str, best: float) -> None:
         on_progress(done, budget, "search", f"{stage}, best {best:.4f}")

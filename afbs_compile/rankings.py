@@ -29,8 +29,9 @@ from afbs_compile.policy_tensor import rows
 from afbs_compile.tuner import curvature
 from afbs_compile.tuner.arrays import Floats
 
-RANKINGS = ("curvature", "fisher", "locality", "retrieval")
-SLOPES = ("curvature", "fisher")  # rankings that `forms` tells
+CURVATURE = "curvature"
+RANKINGS = (CURVATURE, "fisher", "locality", "retrieval")
+SLOPES = (CURVATURE, "fisher")  # rankings that `forms` tells
 DRAWS = 8  # of directions, for every call
 QUERIES = 256  # rows of attention at once
 TINY = 1e-30
@@ -63,7 +64,7 @@ def forms(evaluator: Evaluator, *, window: int, sink: int, seed: int = 0) -> Flo
 
 def of_forms(name: str, costs: Floats, count: int) -> Floats:
     """The ranking that quadratic forms [T, N, N] tell, where `count` bits will be windowed."""
-    if name == "curvature":
+    if name == CURVATURE:
         return curvature.harms(costs, count)
     alone = np.einsum("tnn->tn", costs)  # tasks weigh the same
     return np.asarray((alone / np.maximum(alone.sum(1), TINY)[:, None]).mean(0))

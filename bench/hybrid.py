@@ -32,7 +32,8 @@ from afbs_compile.tuner.heads import Bits, Impossible, text
 from afbs_compile.tuner.hybrid_baselines import CHEAP, METHODS, SEEDED, Question
 
 MEAN = "geometric"  # of the tasks' costs; earlier rows have `arithmetic`
-BEST_OF = f"best of {len(RANKINGS)}"  # earlier rows have `best`, of three: none was `curvature`
+BEST_OF = f"best of {len(RANKINGS)}"  # earlier rows have `best`, of three: none was `curvature`,
+# to which a search was not pulled, and finals were among its best choices
 KEY = ("model", "dtype", "texts", "tokens", "window", "sink", "ratio", "method", "budget", "seed",
        "calibration", "task")  # fmt: skip
 
@@ -164,7 +165,7 @@ def chosen(
     layout = ready.seen.evaluator.layout
     wanted = Search(
         layout, ratio, wishes.budget, priors[0] if priors else None, seed, wishes.solver,
-        others=priors[1:],
+        others=priors[1:], foreseen=ready.seen.foreseen(wishes),
     )  # fmt: skip
 
     def on_best(done: int, budget: int, stage: str, best: float) -> None:

@@ -17,8 +17,9 @@ import numpy as np
 from afbs_compile.tuner import nomad, ratios
 from afbs_compile.tuner.arrays import Floats, Ints
 from afbs_compile.tuner.finals import FINALISTS, decided
-from afbs_compile.tuner.heads import Bits, Impossible, Layout, lowest, with_counts
+from afbs_compile.tuner.heads import Bits, Impossible, Layout, lowest, text, with_counts
 from afbs_compile.tuner.probes import cascade
+from afbs_compile.tuner.pull import Foreseen, Pulled
 from afbs_compile.tuner.solvers import SOLVERS, Solver, Task
 from afbs_compile.tuner.surrogate import fit
 from afbs_compile.tuner.tally import Objective, OnBest, Stop, Tally, silent
@@ -40,6 +41,7 @@ class Search:
         budget: Bit strings that may be evaluated.
         prior: Expected harm of every bit [N], of any scale; None for no idea.
         others: More of them. The one whose own choice costs least becomes the prior.
+        foreseen: What the loss is pulled to (`tuner.pull`); None for nothing.
         seed: Of all chance.
         solver: Of `SOLVERS`, or one of your own.
         stages: Those to go through.
@@ -55,6 +57,7 @@ class Search:
     stages: Sequence[str] = STAGES
     levels: Sequence[int] | None = None
     others: Sequence[Floats] = ()
+    foreseen: Foreseen | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked before anything is evaluated."""
@@ -89,7 +92,7 @@ class Found:
         loss: Its loss on the objective; inf if nothing was evaluated.
         evaluations: Bit strings that were evaluated.
         stages: Evaluations by stage.
-        history: (evaluations, loss) at every improvement.
+        history: (evaluations, loss) at every improvement, as the search saw it: pulled.
         cost: What stage 1 found a layer to cost [L], or None.
         complete: Whether the search ended by itself.
     """
@@ -115,14 +118,15 @@ def search(
         objective: Losses of a batch of choices; may raise `Stop`.
         wanted: What to search.
         on_best: Told after every batch.
-        validate: Losses on held-out inputs, which choose among the best, of the same budget.
+        validate: Losses on held-out inputs, which say when to have stopped; of the same budget.
 
     Raises:
         Impossible: The ratio or the levels cannot be met.
     """
     reserved = min(FINALISTS, wanted.budget // 2) if validate else 0
     left, share = wanted.budget - reserved, wanted.layout.share(wanted.ratio)
-    tally = Tally(objective, share, left, on_best)
+    pulled = None if wanted.foreseen is None else Pulled(objective, wanted.foreseen)
+    tally = Tally(pulled or objective, share, left, on_best)
     walk = Walk(wanted, tally, np.random.default_rng(wanted.seed))
     bits, loss, stages = None, np.inf, tally.stages
     try:
@@ -135,6 +139,8 @@ def search(
     if bits is None:
         loss, bits = tally.least, walk.first(walk.prior) if tally.best is None else tally.best
     history = tuple(tally.history)
+    if pulled:
+        loss = pulled.measured.get(text(bits), loss)
     return Found(bits, loss, sum(stages.values()), stages, history, walk.cost, complete)
 
 

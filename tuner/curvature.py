@@ -7,9 +7,11 @@ as their noise asks for (Schäfer & Strimmer 2005). A choice costs nothing to ju
 lead to one that no swap betters.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
-from afbs_compile.tuner.arrays import Floats, Ints
+from afbs_compile.tuner.arrays import Bools, Floats, Ints
 from afbs_compile.tuner.heads import Bits, lowest
 
 FLOOR = 1e-4  # of what all heads together cost: less is noise
@@ -35,6 +37,17 @@ def shrunk(samples: Floats) -> Floats:
 def cost(by_task: Floats) -> Floats:
     """One number from what every task costs [T, …] in units of all heads together, as `Losses`."""
     return np.asarray(np.exp(np.log(np.maximum(by_task, 0.0) + FLOOR).mean(0)), dtype=np.float64)
+
+
+def foreseen(forms: Floats) -> Callable[[Bools], Floats]:
+    """What choices [n, N] cost [n] by quadratic forms [T, N, N]: 1 if all heads are windowed."""
+    forms = units(forms)
+
+    def costs(strings: Bools) -> Floats:
+        z = strings.astype(float)
+        return cost(np.einsum("tni,ni->tn", z @ forms, z))
+
+    return costs
 
 
 def units(forms: Floats) -> Floats:

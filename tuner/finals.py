@@ -1,9 +1,8 @@
-"""Which of the best choices is best on inputs that the search did not see?
+"""When was the search at its best, on inputs that it did not see? Early stopping, afterwards.
 
-Whoever takes the least of many losses on a few documents takes what fits these documents, too. So
-the best choices meet again on held-out documents, and the mean of both losses decides: a loss on
-twice as many documents, paid for a few choices only. What the rankings alone would choose was not
-fitted to the search's documents: it is compared with the search's best on the held-out ones alone.
+Whoever takes the least of many losses on a few documents takes what fits these documents, too, and
+the more so the longer the search. So the choices that were the best one for a while meet again on
+held-out documents, with what the rankings alone would choose, and the least loss on these decides.
 """
 
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ FINALISTS = 24
 def decided(
     tally: Tally, validate: Objective, count: int, plain: Sequence[Bits] = ()
 ) -> tuple[Bits, float, int]:
-    """The best of the `count` best choices on both objectives together.
+    """The best of a search's incumbents on held-out inputs.
 
     A choice with a finite loss must have been evaluated.
 
@@ -27,8 +26,7 @@ def decided(
         tally: What the search evaluated.
         validate: Losses on held-out inputs.
         count: Choices to validate, from 1.
-        plain: Choices that no search made; they take part, and the best of them wins where it is
-            better on the held-out inputs.
+        plain: Choices that no search made, which take part.
 
     Returns:
         The choice [N], its loss on the search's objective, and how many choices were validated.
@@ -37,19 +35,10 @@ def decided(
         Stop: `validate` did.
     """
     unfitted = {text(choice) for choice in plain}
-    meeting = sorted(
-        (loss, name)
-        for name, loss in tally.losses.items()
-        if name.count("1") == tally.count and np.isfinite(loss)
-    )
-    fitted = [one for one in meeting if one[1] not in unfitted]
-    others = [one for one in meeting if one[1] in unfitted][: count - bool(fitted)]
-    finalists = [*fitted[: count - len(others)], *others]
-    held = dict(zip(finalists, validate([bits(name) for _, name in finalists]), strict=True))
-    best = [
-        min(side, key=lambda one: one[0] + held[one])
-        for side in (fitted[: count - len(others)], others)
-        if side
-    ]
-    loss, name = min(best, key=held.__getitem__)
+    others = [(name, loss) for name, loss in tally.finite() if name in unfitted]
+    others = sorted(others, key=lambda one: one[1])[: count - 1]
+    fitted = [one for one in tally.incumbents() if one not in others]
+    finalists = [*fitted[len(others) - count :], *others]
+    held = validate([bits(name) for name, _ in finalists])
+    name, loss = finalists[int(np.argmin(held))]
     return bits(name), loss, len(finalists)

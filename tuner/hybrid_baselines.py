@@ -68,7 +68,7 @@ def by_search(prior: bool = True, finals: bool = True, **changes: object) -> Met
 
     def choose(question: Question) -> Found:
         wanted = replace(question.wanted, **changes)  # type: ignore[arg-type]
-        wanted = wanted if prior else replace(wanted, prior=None)
+        wanted = wanted if prior else replace(wanted, prior=None, foreseen=None)
         validate = question.validate if finals else None
         return bosch.search(question.objective, wanted, question.on_best, validate)
 
@@ -77,7 +77,7 @@ def by_search(prior: bool = True, finals: bool = True, **changes: object) -> Met
 
 def without_curvature(question: Question) -> Found:
     """A search that begins with the other rankings only."""
-    wanted = question.wanted
+    wanted = replace(question.wanted, foreseen=None)
     if wanted.others:
         wanted = replace(wanted, prior=wanted.others[0], others=wanted.others[1:])
     return bosch.search(question.objective, wanted, question.on_best, question.validate)
@@ -124,6 +124,7 @@ METHODS: dict[str, Method] = {
     "bosch-cold": by_search(prior=False),
     "one-prior": by_search(others=()),
     "no-curvature": without_curvature,
+    "no-pull": by_search(foreseen=None),
     "no-finals": by_search(finals=False),
     "stages-1-2": by_search(stages=("probes", "ratios")),
     "no-ratios": by_search(stages=("probes", "groups", "exchange")),
@@ -143,9 +144,9 @@ METHODS: dict[str, Method] = {
     "random": at_random,
 }
 SEEDED = (
-    "bosch", "bosch-cold", "one-prior", "no-curvature", "no-finals", "stages-1-2", "no-ratios",
-    "no-exchange", "one-stage-lns", "one-stage-swaps", "one-stage-random", "whole-layers",
-    "random",
+    "bosch", "bosch-cold", "one-prior", "no-curvature", "no-pull", "no-finals", "stages-1-2",
+    "no-ratios", "no-exchange", "one-stage-lns", "one-stage-swaps", "one-stage-random",
+    "whole-layers", "random",
 )  # fmt: skip
 CHEAP = (
     "curvature", "fisher", "retrieval", "locality", "begin", "middle", "end", "interleaved",

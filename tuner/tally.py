@@ -96,3 +96,19 @@ class Tally:
         known = [(name, loss) for name, loss in self.losses.items() if np.isfinite(loss)]
         strings = np.array([[letter == "1" for letter in name] for name, _ in known], dtype=bool)
         return strings, np.array([loss for _, loss in known])
+
+    def finite(self) -> list[tuple[str, float]]:
+        """Evaluated choices with `count` bits and a finite loss, in the order of evaluation."""
+        return [
+            (name, loss)
+            for name, loss in self.losses.items()
+            if name.count("1") == self.count and np.isfinite(loss)
+        ]
+
+    def incumbents(self) -> list[tuple[str, float]]:
+        """Those of them that were the best one for a while; the last one is."""
+        found: list[tuple[str, float]] = []
+        for name, loss in self.finite():
+            if not found or loss < found[-1][1]:
+                found.append((name, loss))
+        return found
