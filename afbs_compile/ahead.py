@@ -35,7 +35,18 @@ Input = torch.Tensor | Sequence[Any] | Mapping[str, Any]
 
 @dataclass(slots=True)
 class Recorded:
-    """One graph and the arguments of every call of it."""
+    """One graph and the arguments of every call of it.
+
+    Attributes:
+        gm: Dynamo's graph.
+        layer: Whose weights it has.
+        found: What can be rewritten in it.
+        shapes: Where a call's length is read.
+        options: The user's wishes.
+        measuring: Whether calls are profiled as they run.
+        calls: Their arguments.
+        spent_s: Seconds that profiling took, by call, the model's own run included.
+    """
 
     gm: GraphModule
     layer: Layer
