@@ -2,8 +2,8 @@
 
 What all n kept blocks add up to is one matrix product of "is block j among the n first?" with the
 block partials, less what they are of the dense output: Σ_j (exp(S_j - max) V_j - w_j o*) over
-Σ_j w_j is o - o*, without the output itself. The heads of a KV group go together: their partials
-fit into a processor's cache.
+Σ_j w_j is o - o*, without the output itself. On a CPU the heads of one KV group go together, whose
+partials fit into its cache; elsewhere those of all groups, since launches cost more.
 """
 
 import math
@@ -72,105 +72,121 @@ def row_errors(
     kept = rank <= torch.arange(reach, device=q.device)[:, None]  # row n: the n + 1 first ones
     keys = slice(reach * rows.block_n)
     added, hidden = bias_of(rows), list(hidden_keys(rows))
-    per = heads // k.shape[1]
+    groups = k.shape[1]
+    per, step = heads // groups, groups_together(q.device.type, groups)
     found = []
     for b in range(batch):
-        for g in range(k.shape[1]):
-            own = slice(g * per, (g + 1) * per)
-            s = torch.flatten(q[b, own].float() * rows.scale, 0, 1) @ k[b, g, keys].mT
-            s = s.view(per, len(rows.i), -1)
+        for g in range(0, groups, step):
+            own = slice(g * per, (g + step) * per)
+            grouped = torch.unflatten(q[b, own], 0, (step, per))
+            keys_of, values_of = (x[b, g : g + step, keys] for x in (k, v))
+            s = torch.flatten(grouped.float() * rows.scale, 1, 2) @ keys_of.mT
+            s = torch.unflatten(s, 1, (per, -1))
             if added is not None:
-                s += part_of(added, b, own)
+                s += part_of(added, b, own, per)
             for columns, unseen in hidden:
-                s[..., columns].masked_fill_(part_of(unseen, b, own), -math.inf)
+                s[..., columns].masked_fill_(part_of(unseen, b, own, per), -math.inf)
             found.append(
-                group_errors(s, q[b, own], k[b, g, keys], v[b, g, keys], kept[b, own],
-                             rows, rows.policy[own], lambdas)
+                group_errors(s, grouped, keys_of, values_of,
+                             torch.unflatten(kept[b, own], 0, (step, per)), rows,
+                             rows.policy[own], lambdas)
             )  # fmt: skip
     errors, computed, norm = (
-        torch.unflatten(torch.stack(parts), 0, (batch, -1)) for parts in zip(*found, strict=True)
+        torch.unflatten(torch.cat(parts), 0, (batch, heads)) for parts in zip(*found, strict=True)
     )
-    errors, computed = (x.movedim(3, 0).flatten(2, 3) for x in (errors, computed))
-    return fill(errors, blocks), fill(computed, blocks), norm.flatten(1, 2)[..., None]
+    errors, computed = (x.movedim(2, 0) for x in (errors, computed))
+    return fill(errors, blocks), fill(computed, blocks), norm[..., None]
+
+
+def groups_together(device_type: str, groups: int) -> int:
+    """How many KV groups go together."""
+    return 1 if device_type == "cpu" else groups
 
 
 def group_errors(
     s: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, rows: Rows, policy: Tensor,
     lambdas: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Tables of the query heads of a KV group.
+    """Tables of the query heads of C KV groups, G each.
 
-    s is `[G, M, J·block_n]` and is overwritten, q `[G, M, D]`, k and v `[J·block_n, D]`, kept
-    `[G, N, J]` and policy `[G, COLUMNS]`.
+    s is `[C, G, M, J·block_n]` and is overwritten, q `[C, G, M, D]`, k and v `[C, J·block_n, D]`,
+    kept `[C, G, N, J]` and policy `[C·G, COLUMNS]`.
 
     Returns:
-        Errors and computed blocks `[G, Z, N + 1]`, the first with nothing kept, and Σ|o*| `[G]`.
+        Errors and computed blocks `[C·G, Z, N + 1]`, the first with nothing kept, and Σ|o*|
+        `[C·G]`.
     """
     weight, pv, gain, top = partials(s, v, rows.block_n)
-    exact = pv.sum(0).div_(weight.sum(1)[..., None].clamp(min=LEAST))
-    each = exact.abs().sum(-1)  # [G, M]
+    exact = pv.sum(1).div_(weight.sum(2)[..., None].clamp(min=LEAST))
+    each = exact.abs().sum(-1)  # [C, G, M]
     if rows.tangent:  # those of dropped blocks, as blocks of their own after the kept ones
         own = tangents_of(q, k, v, top, rows, policy)
-        weight, pv = torch.cat([weight, own[0]], 1), torch.cat([pv, own[1]])
-    off = pv.addcmul_(weight.transpose(0, 1)[..., None], exact, value=-1).flatten(2)
+        weight, pv = torch.cat([weight, own[0]], 2), torch.cat([pv, own[1]], 1)
+    off = pv.addcmul_(weight.transpose(1, 2)[..., None], exact[:, None], value=-1).flatten(3)
     norm = each.sum(-1)
     errors, computed = [], []
     for level in lambdas:
-        live = kept if level == -math.inf else kept & (gain >= level)[:, None]
+        live = kept if level == -math.inf else kept & (gain >= level)[:, :, None]
         summed = (torch.cat([live, ~kept], -1) if rows.tangent else live).to(off.dtype)
         error = distances(summed, weight, off, each)
-        errors.append(torch.cat([norm[:, None], error], -1))
+        errors.append(torch.cat([norm[..., None], error], -1))
         count = live.sum(-1, dtype=torch.int32)
         computed.append(torch.nn.functional.pad(count, (1, 0)))
-    return torch.stack(errors, 1), torch.stack(computed, 1), norm
+    return (
+        torch.stack(errors, 2).flatten(0, 1),
+        torch.stack(computed, 2).flatten(0, 1),
+        norm.flatten(),
+    )
 
 
 def partials(s: Tensor, v: Tensor, block_n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What every key block contributes to the rows of one query block, in plain fp32.
 
-    s is `[G, M, J·block_n]` and is overwritten, v `[J·block_n, D]`.
+    s is `[C, G, M, J·block_n]` and is overwritten, v `[C, J·block_n, D]`.
 
     Returns:
-        Weight `[G, J, M]` and weighted values `[J, G, M, D]`, relative to each row's largest
-        score; by how much a block comes closest to it, log2 units ≤ 0 `[G, J]`; and that score
-        `[G, M]`.
+        Weight `[C, G, J, M]` and weighted values `[C, J, G, M, D]`, relative to each row's largest
+        score; by how much a block comes closest to it, log2 units ≤ 0 `[C, G, J]`; and that score
+        `[C, G, M]`.
     """
     by_block = torch.unflatten(s, -1, (-1, block_n))
     largest = by_block.amax(-1)
     top = largest.amax(-1, keepdim=True).clamp(min=-1 / LEAST)
-    gain = (largest - top).amax(1) * math.log2(math.e)
+    gain = (largest - top).amax(2) * math.log2(math.e)
     s.sub_(top).exp_()
-    weight = by_block.sum(-1).transpose(1, 2)
-    pv = by_block.flatten(0, 1).transpose(0, 1) @ v.view(-1, block_n, v.shape[-1])
-    return weight, torch.unflatten(pv, 1, s.shape[:2]), gain, top[..., 0]
+    weight = by_block.sum(-1).transpose(2, 3)
+    values = torch.unflatten(v, 1, (-1, block_n))
+    pv = by_block.flatten(1, 2).transpose(1, 2) @ values  # one group: no copy
+    return weight, torch.unflatten(pv, 2, s.shape[1:3]), gain, top[..., 0]
 
 
 def distances(kept: Tensor, weight: Tensor, off: Tensor, each: Tensor) -> Tensor:
-    """Σ|o − o*| `[G, N]` with the blocks of every row of `kept` `[G, N, J]`.
+    """Σ|o − o*| `[C, G, N]` with the blocks of every row of `kept` `[C, G, N, J]`.
 
     Args:
         kept: fp32 0 or 1.
-        weight: `[G, J, M]`.
-        off: What a block adds to (o − o*) times the sum of weights `[J, G, M·D]`.
-        each: Σ|o*| of every row `[G, M]`: its error if it keeps nothing.
+        weight: `[C, G, J, M]`.
+        off: What a block adds to (o − o*) times the sum of weights `[C, J, G, M·D]`.
+        each: Σ|o*| of every row `[C, G, M]`: its error if it keeps nothing.
     """
     total = kept @ weight
-    moved = torch.unflatten(kept @ off.transpose(0, 1), 2, (each.shape[1], -1))
+    moved = torch.unflatten(kept @ off.transpose(1, 2), 3, (each.shape[2], -1))
     lost = moved.abs_().sum(-1) / total.clamp(min=LEAST)
-    return torch.where(total >= LEAST, lost, each[:, None]).sum(-1)
+    return torch.where(total >= LEAST, lost, each[:, :, None]).sum(-1)
 
 
 def tangents_of(
     q: Tensor, k: Tensor, v: Tensor, top: Tensor, rows: Rows, policy: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What the tangents of blocks add, as `partials` gives it: `[G, J, M]` and `[J, G, M, D]`."""
+    """What the tangents of blocks add, as `partials` gives it."""
     kb = Blocks.of(rows.length_k, rows.block_n, q.device)
     whole = head_full(rows.mask, policy, Blocks(rows.i[:1], rows.i[-1:]), kb)[:, 0, : rows.reach]
     weight, pv = contributions(
-        q[None], k[None, None], v[None, None], whole, top[None], rows.length_k, rows.scale,
-        rows.block_n,
+        q.flatten(0, 1)[None], k[None], v[None], whole, top.flatten(0, 1)[None], rows.length_k,
+        rows.scale, rows.block_n,
     )  # fmt: skip
-    return weight[0], pv[0].transpose(0, 1)
+    weight, pv = (torch.unflatten(x[0], 0, q.shape[:2]) for x in (weight, pv))
+    return weight, pv.transpose(1, 2)
 
 
 def hidden_keys(rows: Rows) -> Iterator[tuple[slice, Tensor]]:
@@ -214,9 +230,10 @@ def bias_of(rows: Rows) -> Tensor | None:
     return torch.nn.functional.pad(bias[..., :keys], (0, max(0, keys - bias.shape[-1])))
 
 
-def part_of(x: Tensor, b: int, heads: slice) -> Tensor:
-    """A document's heads of a tensor `[B', H', …]` whose axes may be 1."""
-    return x[b if len(x) > 1 else 0][heads if x.shape[1] > 1 else slice(None)]
+def part_of(x: Tensor, b: int, heads: slice, per: int) -> Tensor:
+    """A document's heads, by group, of a tensor `[B', H', …]` whose axes may be 1."""
+    own = x[b if len(x) > 1 else 0]
+    return torch.unflatten(own[heads], 0, (-1, per)) if len(own) > 1 else own[None]
 
 
 def fill(table: Tensor, blocks: int) -> Tensor:

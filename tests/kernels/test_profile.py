@@ -3,11 +3,12 @@
 import math
 
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from afbs_compile.kernels import compensation, lists, reference
+from afbs_compile.kernels import compensation, lists, profile_rows, reference
 from afbs_compile.kernels import policy_columns as col
+from afbs_compile.kernels.data_mask import gathered
 from afbs_compile.kernels.geometry import token_visible
 from afbs_compile.kernels.profile import profile
 from afbs_compile.kernels.scores import SELECTORS
@@ -91,6 +92,30 @@ def test_sampled_rows_are_rows_of_the_whole(problems, data):
                    **problem.site)  # fmt: skip
     torch.testing.assert_close(part.error, whole.error[:, :, :, some])
     assert torch.equal(part.before, whole.before[:, :, some])
+
+
+@settings(max_examples=12, suppress_health_check=list(HealthCheck))
+@given(st.data(), st.sampled_from(["plain", "tangent", "data", "bias"]))
+def test_groups_together_or_one_by_one(problems, data_masks, biases, monkeypatch, data, kind):
+    """A GPU takes all KV groups at once, a CPU one after the other."""
+    problem, more = data.draw(problems()), {}
+    lengths = problem.q.shape[2], problem.k.shape[2]
+    if kind == "tangent":
+        more = {"compensation": "tangent"}
+    elif kind == "data":
+        more = {"data": gathered(data.draw(data_masks(problem)), lengths)}
+    elif kind == "bias":
+        more = {"data": gathered([None] * 4 + [data.draw(biases(problem))], lengths)}
+    found = []
+    for together in (lambda _, groups: groups, lambda _, groups: 1):
+        monkeypatch.setattr(profile_rows, "groups_together", together)
+        found.append(
+            profile(problem.q, problem.k, problem.v, problem.policy, selector="sub8",
+                    lambdas=(-math.inf, -2.0), **more, **problem.site)
+        )  # fmt: skip
+    torch.testing.assert_close(found[0].error, found[1].error, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[0].norm, found[1].norm)
+    assert torch.equal(found[0].computed, found[1].computed)
 
 
 @given(st.data(), st.sampled_from([0.3, 0.9, 1.0]), st.sampled_from([-12.0, -3.0, -1.0, -0.1]))
