@@ -19,9 +19,7 @@ from afbs_compile.kernels import policy_columns as col
 SLOW_START = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 
 settings.register_profile("dev", max_examples=25, deadline=None, suppress_health_check=SLOW_START)
-settings.register_profile(
-    "ci", settings.get_profile("dev"), max_examples=50, derandomize=True, print_blob=True
-)
+settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, print_blob=True)
 settings.register_profile("gpu", settings.get_profile("dev"), max_examples=25)
 settings.register_profile("nightly", settings.get_profile("dev"), max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
