@@ -11,7 +11,7 @@ import numpy as np
 from afbs_compile.tuner import bosch
 from afbs_compile.tuner.arrays import Floats
 from afbs_compile.tuner.bosch import Found, Search
-from afbs_compile.tuner.heads import Bits, Layout, lowest
+from afbs_compile.tuner.heads import Bits, Impossible, Layout, lowest
 from afbs_compile.tuner.tally import Objective, OnBest, silent
 
 
@@ -76,10 +76,16 @@ def by_search(prior: bool = True, finals: bool = True, **changes: object) -> Met
 
 
 def without_curvature(question: Question) -> Found:
-    """A search that begins with the other rankings only."""
-    wanted = replace(question.wanted, foreseen=None)
-    if wanted.others:
-        wanted = replace(wanted, prior=wanted.others[0], others=wanted.others[1:])
+    """A search that begins with the other rankings only; the first one is `curvature`.
+
+    Raises:
+        Impossible: There are no others.
+    """
+    wanted = question.wanted
+    if not wanted.others:
+        raise Impossible("no ranking is left without curvature: give --prior best")
+    first, *others = wanted.others
+    wanted = replace(wanted, prior=first, others=others, foreseen=None)
     return bosch.search(question.objective, wanted, question.on_best, question.validate)
 
 

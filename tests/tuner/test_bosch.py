@@ -88,7 +88,7 @@ def test_every_method_meets_the_ratio(name):
     layout = Layout((3,) * 8)
     for ratio, seed in ((0.0, 0), (0.25, 1), (0.75, 2), (1.0, 0)):
         objective = Synthetic(layout, seed)
-        wanted = Search(layout, ratio, 40, objective.prior, seed)
+        wanted = Search(layout, ratio, 40, objective.prior, seed, others=[objective.prior])
         question = Question(objective, wanted, lambda ranking, own=objective: own.prior)
         found = METHODS[name](question)
         assert found.bits.sum() == layout.share(ratio), (name, ratio)
