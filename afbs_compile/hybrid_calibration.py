@@ -1,7 +1,7 @@
 """On which calls is a model made hybrid? Windows of text, and questions about what they hold.
 
-Plain text hardly shows which heads look far, so needles, keys and copies stand beside it
-(`recall`). Documents of a task form one call. All calls ask for equally many predictions, by
+Plain text hardly shows which heads look far, so needles, copies and people stand beside it
+(`quiz`). Documents of a task form calls of equal size. All ask for equally many predictions, by
 `logits_to_keep`, so that the model is captured once.
 """
 
@@ -11,24 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afbs_compile import recall
+from afbs_compile import quiz
 from afbs_compile.demo.model import LanguageModel
 from afbs_compile.hybrid_samples import Sample
-from afbs_compile.recall import TASKS, Problem
+from afbs_compile.quiz import QUIZZES, Quiz
 
-PREDICTIONS = 64  # of every document; no answer is longer
+PREDICTIONS = 192  # of every document; questions and answers take no more
+TOGETHER = 24576  # tokens of a call, or one document: memory that gradients need grows with them
 TEXT = "text"
 
 
 def samples(
     model: LanguageModel, windows: Sequence[Tensor], tasks: Sequence[str], window: int, seed: int
 ) -> list[Sample]:
-    """A call for every task, of as many documents as there are windows of text.
+    """Calls for every task, in all of as many documents as there are windows of text.
 
     Args:
         model: Makes tokens.
         windows: Windows of text [L], read as text and used as filler.
-        tasks: Of `recall.TASKS`, and `text`.
+        tasks: Of `quiz.QUIZZES`, and `text`.
         window: Keys of a windowed head: only later predictions of text count.
         seed: Of the questions.
 
@@ -36,13 +37,38 @@ def samples(
         ValueError: No such task.
         CommandError: A question does not fit into a window.
     """
-    if unknown := [task for task in tasks if task not in (*TASKS, TEXT)]:
-        raise ValueError(f"no task {', '.join(unknown)}; there are {', '.join((*TASKS, TEXT))}")
+    if unknown := [task for task in tasks if task not in (*QUIZZES, TEXT)]:
+        raise ValueError(f"no task {', '.join(unknown)}; there are {', '.join((*QUIZZES, TEXT))}")
+    asked: dict[str, Sequence[Any]] = {
+        task: windows if task == TEXT else quizzes(model, task, windows, seed) for task in tasks
+    }
     return [
-        reading(model, windows, window) if task == TEXT else
-        asking(model, task, windows, seed)
-        for task in tasks
-    ]  # fmt: skip
+        reading(model, part, window) if task == TEXT else posed(model, task, part)
+        for task, documents in asked.items()
+        for part in parts(documents, len(windows[0]))
+    ]
+
+
+def quizzes(model: LanguageModel, task: str, windows: Sequence[Tensor], seed: int) -> list[Quiz]:
+    """A document with questions for each window of filler, at depths in turn."""
+    return [
+        quiz.quiz(task, model.tokens, filler, quiz.depth_of(n + seed), seed + n, PREDICTIONS)
+        for n, filler in enumerate(windows)
+    ]
+
+
+def parts(documents: Sequence[Any], tokens: int) -> list[Sequence[Any]]:
+    """Equally many documents a call, as many as make at most `TOGETHER` tokens, one at least."""
+    count = len(documents)
+    each = max(
+        n for n in range(1, count + 1) if not count % n and n * tokens <= max(tokens, TOGETHER)
+    )
+    return [documents[n : n + each] for n in range(0, count, each)]
+
+
+def predictions(length: int) -> int:
+    """How many a document of so many tokens is asked for."""
+    return min(PREDICTIONS, length - 1)
 
 
 def reading(model: LanguageModel, windows: Sequence[Tensor], window: int) -> Sample:
@@ -50,40 +76,28 @@ def reading(model: LanguageModel, windows: Sequence[Tensor], window: int) -> Sam
     ids = torch.stack(list(windows))
     length = ids.shape[1]
     first = min(window, length - 2)
-    step = (torch.arange(PREDICTIONS) + 0.5) * (length - 1 - first) / PREDICTIONS
+    count = predictions(length)
+    step = (torch.arange(count) + 0.5) * (length - 1 - first) / count
     places = first + step.long()
-    rows = torch.arange(ids.shape[0] * PREDICTIONS)
+    rows = torch.arange(ids.shape[0] * count)
     return Sample(call(model, ids, places), TEXT, rows, ids[:, places + 1].flatten(), rows)
 
 
-def asking(model: LanguageModel, task: str, windows: Sequence[Tensor], seed: int) -> Sample:
-    """A question in each window, at depths in turn."""
-    problems = [
-        TASKS[task](model.tokens, filler, depth_of(n, seed), seed + n)
-        for n, filler in enumerate(windows)
-    ]
-    return posed(model, task, problems)
-
-
-def posed(model: LanguageModel, task: str, problems: Sequence[Problem]) -> Sample:
-    """Questions of one task as a call, of which the answers count."""
-    ids = torch.stack([problem.ids for problem in problems])
-    length = ids.shape[1]
-    places = torch.arange(length - 1 - PREDICTIONS, length - 1)
-    counted = [
-        n * PREDICTIONS + torch.arange(PREDICTIONS - problem.answer, PREDICTIONS)
-        for n, problem in enumerate(problems)
-    ]
-    targets = [problem.ids[length - problem.answer :] for problem in problems]
-    answers = [torch.full((problem.answer,), n) for n, problem in enumerate(problems)]
+def posed(model: LanguageModel, task: str, asked: Sequence[Quiz]) -> Sample:
+    """Documents with questions as a call, of which the answers count."""
+    ids = torch.stack([one.ids for one in asked])
+    count = predictions(ids.shape[1])
+    first = ids.shape[1] - 1 - count
+    counted, targets, answers, before = [], [], [], 0
+    for n, one in enumerate(asked):
+        counted.append(n * count + one.places - 1 - first)
+        targets.append(one.ids[one.places])
+        answers.append(before + one.questions)
+        before += int(one.questions.max()) + 1
+    places = torch.arange(first, first + count)
     return Sample(
         call(model, ids, places), task, torch.cat(counted), torch.cat(targets), torch.cat(answers)
     )
-
-
-def depth_of(n: int, seed: int) -> float:
-    """The depth of the n-th question."""
-    return recall.DEPTHS[(n + seed) % len(recall.DEPTHS)]
 
 
 def call(model: LanguageModel, ids: Tensor, places: Tensor) -> dict[str, Any]:

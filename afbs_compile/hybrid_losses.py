@@ -1,11 +1,13 @@
 """How bad is a choice of windowed heads, as one number? Evaluations that are kept and shared.
 
-The loss is the geometric mean over the tasks of what windowing costs, in units of what windowing
-every head costs (the anchors of BOSCH, arXiv 2604.05942): 0 is the dense model, 1 has no global
-head. The arithmetic mean would be the cost on text: a question whose answer is lost without global
-heads costs hundreds of times as much then, so that good choices differ by nothing in its units. An
-evaluation is a job of a `Store`, one file a choice of heads: a search that was killed goes on, and
-processes that search the same thing share the work.
+What windowing costs in a task is told in units of what windowing every head costs there (the
+anchors of BOSCH, arXiv 2604.05942): 0 is the dense model, 1 has no global head. The cost of a
+choice is the geometric mean over the tasks. The arithmetic mean would be the cost on text: an
+answer that is lost without global heads costs hundreds of times as much then, so that good choices
+differ by nothing in its units. The loss is the cost, or where there are choices to compare with
+what `tuner.relative` makes of the tasks' costs. An evaluation is a job of a `Store`, one file a
+choice of heads: a search that was killed goes on, and processes that search the same thing share
+the work.
 """
 
 import time
@@ -20,10 +22,10 @@ from afbs_compile.hybrid_objective import FIGURES
 from afbs_compile.profiling import POLL_SECONDS, Clock
 from afbs_compile.store import About, Arrays, Store
 from afbs_compile.tuner.heads import Bits, text
+from afbs_compile.tuner.relative import FLOOR, geometric, relative
 from afbs_compile.tuner.tally import Stop
 
 OBJECTIVES = {"kl": "kl", "task": "surprise"}  # and the figure that each compares
-FLOOR = 1e-4  # of the anchor: less is noise, and must not buy a loss in another task
 LEAST = 1e-9  # nats: windowing that costs less costs nothing
 
 Figures = NDArray[np.float64]
@@ -43,6 +45,7 @@ class Losses:
         tasks: The task of every call.
         store: Where evaluations are kept.
         objective: `kl`, or `task`: the surprise by the right tokens.
+        rivals: The choice that each task is compared with (`compare`); none at first.
         clock: When to stop.
         known: Figures by bit string.
         measured: Evaluations that this process made itself.
@@ -53,6 +56,7 @@ class Losses:
     tasks: Sequence[str]
     store: Store
     objective: str = "kl"
+    rivals: dict[str, Bits] = field(default_factory=dict)
     clock: Clock = field(default_factory=lambda: Clock(None))
     known: dict[str, Figures] = field(default_factory=dict)
     measured: int = 0
@@ -99,14 +103,42 @@ class Losses:
         self.measured += 1
         return {}, {"figures": self.evaluate(bits).double().cpu().numpy()}
 
+    def compare(self, choices: Sequence[Bits]) -> None:
+        """From now on a loss is relative to the one of these choices that costs a task least.
+
+        Raises:
+            NothingToChoose: Windowing every head costs nothing.
+            Stop: The time is over.
+        """
+        costs = [self.by_task(found) for found in self.figures(choices)]
+        self.rivals = {
+            task: choices[int(np.argmin([one[task] for one in costs]))] for task in costs[0]
+        }
+
     def loss(self, found: Figures) -> float:
-        """One number from the figures of a choice.
+        """What a search minimises: 0 is dense; 1 costs what the rivals do, if there are any.
 
         Raises:
             NothingToChoose: Windowing every head costs nothing.
         """
-        costs = np.array(list(self.by_task(found).values()))
-        return float(np.exp(np.log(np.maximum(costs, 0.0) + FLOOR).mean()) - FLOOR)
+        if not self.rivals:
+            return self.cost(found)
+        costs = self.by_task(found)
+        known = self.figures(list(self.rivals.values()))
+        references = [
+            self.by_task(rival)[task] for task, rival in zip(self.rivals, known, strict=True)
+        ]
+        return float(
+            relative(np.array([costs[task] for task in self.rivals]), np.array(references))
+        )
+
+    def cost(self, found: Figures) -> float:
+        """The geometric mean of the tasks' costs: 0 is dense, 1 has no global head.
+
+        Raises:
+            NothingToChoose: Windowing every head costs nothing.
+        """
+        return float(geometric(np.array(list(self.by_task(found).values()))) - FLOOR)
 
     def by_task(self, found: Figures) -> dict[str, float]:
         """The loss in every task.

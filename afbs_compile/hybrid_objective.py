@@ -20,6 +20,7 @@ from torch.nn.functional import nll_loss
 from afbs_compile.damage import logits_of
 from afbs_compile.hybrid_samples import Sample, Wanted, wanted
 from afbs_compile.passes.rewrite import Site
+from afbs_compile.pieces import Pieces
 from afbs_compile.policy import Head
 from afbs_compile.policy_tensor import rows
 from afbs_compile.resume import Resumable
@@ -82,13 +83,21 @@ class Evaluator:
         """Logits `[..., V]` of one call."""
         policy = self.policy(bits)
         if self.runs is None:
-            each = self.memory_bytes // len(self.calls)
-            self.runs = [Resumable(c.gm, c.args, c.sites, policy, each) for c in self.calls]
+            self.runs = self.resumable(policy)
         name = text(bits)
         ends = np.cumsum(self.layout.groups)
         starts = ends - np.array(self.layout.groups)
         keys = [name[a:b] for a, b in zip(starts, ends, strict=True)]
         return logits_of(self.runs[n].run(keys, policy))
+
+    def resumable(self, policy: Tensor) -> list[Resumable]:
+        """Every call, ready to run; calls of one graph share its pieces."""
+        each = self.memory_bytes // len(self.calls)
+        pieces: dict[GraphModule, Pieces] = {}
+        for one in self.calls:
+            if one.gm not in pieces:
+                pieces[one.gm] = Pieces(one.gm, one.sites, policy)
+        return [Resumable(pieces[one.gm], one.args, each) for one in self.calls]
 
     def dense_passes(self) -> float:
         """How many passes of all calls the runs so far amount to, by their layers."""

@@ -22,6 +22,7 @@ from afbs_compile.profiling import POLL_SECONDS
 from afbs_compile.rankings import CURVATURE, DRAWS, RANKINGS, SLOPES, forms, of_forms, ranking
 from afbs_compile.store import Store, digest, input_digest
 from afbs_compile.tuner import curvature
+from afbs_compile.tuner.heads import lowest
 from afbs_compile.tuner.pull import Foreseen
 from afbs_compile.tuner.solvers import Solver
 from afbs_compile.versions import device_name, versions
@@ -97,11 +98,28 @@ class Subject:
         names = {BEST: RANKINGS, "none": ()}.get(wishes.prior, (wishes.prior,))
         return [self.prior(name, wishes) for name in names]
 
-    def foreseen(self, wishes: Wishes) -> Foreseen | None:
+    def compared(self, losses: Losses, priors: Sequence[np.ndarray], wishes: Wishes) -> None:
+        """Let a loss be relative to what rankings would choose, by single heads if there are any.
+
+        Raises:
+            Stop: The time is over.
+        """
+        size = losses.size
+        count = self.evaluator.layout.share(wishes.ratio)
+        if priors and 0 < count < size:
+            rivals = priors[1:] if len(priors) > 1 else priors  # the first is `curvature`
+            losses.compare([lowest(one, np.arange(size), count, size) for one in rivals])
+
+    def foreseen(self, wishes: Wishes, losses: Losses) -> Foreseen | None:
         """What a search by KL is pulled to, if curvature is among what it begins with."""
         if wishes.prior not in (CURVATURE, BEST) or wishes.objective != "kl":
             return None
-        return curvature.foreseen(self.kept("forms", forms, wishes))
+        costs = self.kept("forms", forms, wishes)
+        if not losses.rivals:
+            return curvature.foreseen(costs)
+        tasks = list(dict.fromkeys(losses.tasks))
+        told = [tasks.index(task) for task in losses.rivals]
+        return curvature.foreseen(costs[told], np.array(list(losses.rivals.values())))
 
     def prior(self, name: str, wishes: Wishes) -> np.ndarray:
         """A static ranking [N]."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from afbs_compile import hybrid_policy
@@ -111,14 +112,17 @@ def searched(
     losses.anchors()
     if wishes.prior != "none" and 0 < layout.share(wishes.ratio) < layout.size:
         on_progress(0, wishes.budget, "search", f"ranking: {wishes.prior}")
-        first, *others = ready.priors(wishes)
-        wanted = replace(wanted, prior=first, others=others, foreseen=ready.foreseen(wishes))
+        first, *others = priors = ready.priors(wishes)
+        ready.compared(losses, priors, wishes)
+        foreseen = ready.foreseen(wishes, losses)
+        wanted = replace(wanted, prior=first, others=others, foreseen=foreseen)
 
     def on_best(done: int, budget: int, stage: str, best: float) -> None:
         on_progress(done, budget, "search", f"{stage}, best {best:.4f}")
 
     losses.clock = clock  # what was asked before is needed for any answer
-    found = bosch.search(losses, wanted, on_best)
+    with threadpool_limits(1, user_api="blas"):  # the surrogate's matrices are tiny: threads wait
+        found = bosch.search(losses, wanted, on_best)
     return found, losses, time.perf_counter() - begun
 
 

@@ -1,11 +1,12 @@
 """Which texts ask a model for something it has read? A needle, a pair of keys, a repetition.
 
 Perplexity on prose is mostly local and hardly tells whether far blocks are found; these do. Every
-problem is one sequence of exactly so many tokens whose last tokens are the answer.
+problem is one sequence of exactly so many tokens whose last tokens are the answer. What is hidden
+and asked is a `Fact`; `quiz` hides several of them in one document.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,21 @@ PAIRS = 24  # of the key-value problem
 COPIED = 48  # tokens that are repeated
 LEAD = 8  # of these, shown again before the model must go on
 Tokens = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fact:
+    """What a document says once and is asked for later, as tokens int64 [n] each.
+
+    Attributes:
+        hidden: What stands in the document.
+        asked: What stands at its end.
+        answer: What comes next.
+    """
+
+    hidden: Tensor
+    asked: Tensor
+    answer: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +57,14 @@ class Problem:
 def needle(tokens: Tokens, filler: Tensor, depth: float, seed: int) -> Problem:
     """A sentence with a number in filler text, and its beginning again at the end."""
     draw = random.Random(f"needle {seed} {depth}")
-    city, number = draw.choice(CITIES), f"{draw.randrange(10**4, 10**5)}"
-    said = f"The secret number of {city} is"
-    return problem(
-        "needle",
-        depth,
-        filler,
-        hidden=tokens(f"\n\n{said} {number}.\n\n"),
+    return problem("needle", depth, filler, secret(tokens, draw.choice(CITIES), draw))
+
+
+def secret(tokens: Tokens, city: str, draw: random.Random) -> Fact:
+    """A random number of five digits for a city."""
+    number = f"{draw.randrange(10**4, 10**5)}"
+    return Fact(
+        hidden=tokens(f"\n\nThe secret number of {city} is {number}.\n\n"),
         asked=tokens(f"\n\nAs was said before, the secret number of {city} is"),
         answer=tokens(f" {number}"),
     )
@@ -56,32 +73,40 @@ def needle(tokens: Tokens, filler: Tensor, depth: float, seed: int) -> Problem:
 def key_value(tokens: Tokens, filler: Tensor, depth: float, seed: int) -> Problem:
     """An object of `PAIRS` random pairs in filler text, and one of its keys again at the end."""
     draw = random.Random(f"key_value {seed} {depth}")
+    pairs = random_pairs(draw)
+    return problem("key_value", depth, filler, lookup(tokens, pairs, draw.choice(list(pairs))))
+
+
+def random_pairs(draw: random.Random) -> dict[str, str]:
+    """`PAIRS` hexadecimal keys and numbers."""
     keys = [f"{key:04x}" for key in draw.sample(range(16**4), PAIRS)]
-    values = [f"{draw.randrange(10**4, 10**5)}" for _ in keys]
-    pairs = [f'"{key}": "{value}"' for key, value in zip(keys, values, strict=True)]
-    chosen = draw.randrange(PAIRS)
-    return problem(
-        "key_value",
-        depth,
-        filler,
-        hidden=tokens("\n\n{" + ", ".join(pairs) + "}\n\n"),
-        asked=tokens(f'\n\nOf the pairs above, again one: {{"{keys[chosen]}": "'),
-        answer=tokens(values[chosen]),
+    return {key: f"{draw.randrange(10**4, 10**5)}" for key in keys}
+
+
+def lookup(tokens: Tokens, pairs: Mapping[str, str], key: str) -> Fact:
+    """All pairs, of which one is asked for."""
+    told = ", ".join(f'"{key}": "{value}"' for key, value in pairs.items())
+    return Fact(
+        hidden=tokens(f"\n\n{{{told}}}\n\n"),
+        asked=tokens(f'\n\nOf the pairs above, again one: {{"{key}": "'),
+        answer=tokens(pairs[key]),
     )
 
 
 def copy(tokens: Tokens, filler: Tensor, depth: float, seed: int) -> Problem:
     """Random tokens of the filler's vocabulary, and their beginning again at the end."""
     draw = random.Random(f"copy {seed} {depth}")
-    passage = filler[[draw.randrange(len(filler)) for _ in range(COPIED)]]
+    return problem("copy", depth, filler, passage(tokens, filler, draw))
+
+
+def passage(tokens: Tokens, filler: Tensor, draw: random.Random) -> Fact:
+    """Random tokens, of which the first are shown again."""
+    drawn = filler[[draw.randrange(len(filler)) for _ in range(COPIED)]]
     mark = tokens("\n\n>>> ")
-    return problem(
-        "copy",
-        depth,
-        filler,
-        hidden=torch.cat([mark, passage, tokens("\n\n")]),
-        asked=torch.cat([mark, passage[:LEAD]]),
-        answer=passage[LEAD:],
+    return Fact(
+        hidden=torch.cat([mark, drawn, tokens("\n\n")]),
+        asked=torch.cat([mark, drawn[:LEAD]]),
+        answer=drawn[LEAD:],
     )
 
 
@@ -92,20 +117,18 @@ TASKS: dict[str, Callable[[Tokens, Tensor, float, int], Problem]] = {
 }
 
 
-def problem(
-    task: str, depth: float, filler: Tensor, *, hidden: Tensor, asked: Tensor, answer: Tensor
-) -> Problem:
-    """`hidden` at a depth of as much filler as leaves the length that of `filler`.
+def problem(task: str, depth: float, filler: Tensor, fact: Fact) -> Problem:
+    """A fact hidden at a depth of as much filler as leaves the length that of `filler`.
 
     Raises:
         CommandError: There is no room for filler.
     """
-    room = len(filler) - len(hidden) - len(asked) - len(answer)
+    room = len(filler) - len(fact.hidden) - len(fact.asked) - len(fact.answer)
     if room < 0:
         raise CommandError(f"{task} does not fit into {len(filler)} tokens; give more --tokens")
     before = round(depth * room)
-    parts = [filler[:before], hidden, filler[before:room], asked, answer]
-    return Problem(task, depth, torch.cat(parts), len(answer))
+    parts = [filler[:before], fact.hidden, filler[before:room], fact.asked, fact.answer]
+    return Problem(task, depth, torch.cat(parts), len(fact.answer))
 
 
 def problems(tasks: list[str], tokens: Tokens, filler: Tensor, seed: int) -> list[Problem]:

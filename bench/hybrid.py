@@ -4,6 +4,7 @@ Run: python bench/hybrid.py (or `afbs bench hybrid`). A search reads windows fro
 questions about them; scores are those of other windows and questions.
 """
 
+import math
 import sys
 import time
 from argparse import Namespace
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from afbs_compile.bench import hybrid_show, script, windows
 from afbs_compile.bench.hybrid_setup import Setup, setup
@@ -31,9 +33,9 @@ from afbs_compile.tuner.bosch import Found, Search
 from afbs_compile.tuner.heads import Bits, Impossible, text
 from afbs_compile.tuner.hybrid_baselines import CHEAP, METHODS, SEEDED, Question
 
-MEAN = "geometric"  # of the tasks' costs; earlier rows have `arithmetic`
-BEST_OF = f"best of {len(RANKINGS)}"  # earlier rows have `best`, of three: none was `curvature`,
-# to which a search was not pulled, and finals were among its best choices
+MEAN = "relative"  # to rankings; earlier rows have the `arithmetic` or `geometric` mean of tasks,
+# a single question a document, and one task less
+BEST_OF = f"best of {len(RANKINGS)}"
 KEY = ("model", "dtype", "texts", "tokens", "window", "sink", "ratio", "method", "budget", "seed",
        "calibration", "task")  # fmt: skip
 
@@ -63,7 +65,7 @@ def measure(args: Namespace, methods: list[str], ledger: Ledger) -> None:
     """Measure what is missing."""
     model = load(args)
     model = replace(model, name=args.name) if args.name else model
-    texts = windows.read(args.text, str(args.unseen), model)
+    texts = windows.read(args.text, str(math.ceil(args.unseen / max(1, len(args.text)))), model)
     with Progress() as progress:
         for tokens in windows.numbers(args.tokens, "--tokens"):
             for window in windows.numbers(args.windows, "--windows"):
@@ -157,16 +159,11 @@ def chosen(
     wishes = ready.wishes(ratio, seed)
     losses = ready.seen.losses(wishes)
     held = ready.held.losses(wishes) if ready.held else None
-    for known in (losses, held):
-        if known:
-            known.anchors()
-            known.clock = Clock.of(seconds)
+    both = [known for known in (losses, held) if known]
+    for known in both:
+        known.anchors()
+        known.clock = Clock.of(seconds)
     priors = ready.seen.priors(wishes)
-    layout = ready.seen.evaluator.layout
-    wanted = Search(
-        layout, ratio, wishes.budget, priors[0] if priors else None, seed, wishes.solver,
-        others=priors[1:], foreseen=ready.seen.foreseen(wishes),
-    )  # fmt: skip
 
     def on_best(done: int, budget: int, stage: str, best: float) -> None:
         on_progress(done, budget, f"{method} {ratio:g} seed {seed}", f"{stage} {best:.4f}")
@@ -174,7 +171,19 @@ def chosen(
     def ranking(name: str) -> np.ndarray:
         return ready.seen.prior(name, wishes)
 
-    found = METHODS[method](Question(losses, wanted, ranking, on_best, held))
+    def question() -> Question:
+        wanted = Search(
+            ready.seen.evaluator.layout, ratio, wishes.budget, priors[0] if priors else None, seed,
+            wishes.solver, others=priors[1:], foreseen=ready.seen.foreseen(wishes, losses),
+        )  # fmt: skip
+        alone = [replace(known) for known in both]  # as compared as they are now
+        return Question(alone[0], wanted, ranking, on_best, alone[1] if held else None)
+
+    by_mean = question()
+    for known in both:
+        ready.seen.compared(known, priors, wishes)
+    with threadpool_limits(1, user_api="blas"):
+        found = METHODS[method](replace(question(), geometric=by_mean))
     losses.clock = Clock(None)  # what is chosen is judged
     return found, losses
 
@@ -188,9 +197,10 @@ def judged(ready: Setup, bits: Bits, seen: np.ndarray, losses: Losses) -> Iterat
     tasks = [call.sample.task for call in evaluator.calls]
     unseen = Losses(evaluator, evaluator.layout.size, tasks, ready.unseen.store)
     none, ours = unseen.figures([np.zeros_like(bits), bits])
-    for n, task in enumerate(tasks):
-        at = dict(zip(FIGURES, ours[n].tolist(), strict=True))
-        dense = dict(zip(FIGURES, none[n].tolist(), strict=True))
+    for task in dict.fromkeys(tasks):
+        calls = [n for n, name in enumerate(tasks) if name == task]
+        at = dict(zip(FIGURES, ours[calls].mean(0).tolist(), strict=True))
+        dense = dict(zip(FIGURES, none[calls].mean(0).tolist(), strict=True))
         yield {
             "task": task,
             "searched": task in ready.args.tasks.split(","),
@@ -198,7 +208,8 @@ def judged(ready: Setup, bits: Bits, seen: np.ndarray, losses: Losses) -> Iterat
             **at,
             "surprise_dense": dense["surprise"],
             "right_dense": dense["right"],
-            "loss_searched": losses.loss(seen),
+            "loss_searched": losses.cost(seen),
+            "by_task_searched": losses.by_task(seen),
             "heads": text(bits),
         }
 

@@ -3,6 +3,7 @@
 No two of the three share a token of text or a question.
 """
 
+import math
 from argparse import Namespace
 from dataclasses import dataclass
 
@@ -47,9 +48,9 @@ def setup(
     model: LanguageModel, texts: list[Text], args: Namespace, tokens: int, window: int
 ) -> Setup:
     """Documents of one length, from the texts' ends to search on, from their beginnings not."""
-    each = args.documents + args.held
-    known = windows.in_turn(windows.calibration(texts, tokens, each))
-    searched, held = known[: args.documents], known[args.documents : each]
+    count = args.documents + args.held
+    known = windows.in_turn(windows.calibration(texts, tokens, math.ceil(count / len(texts))))
+    searched, held = known[: args.documents], known[args.documents : count]
     measured = windows.in_turn({t.name: windows.measured(t, tokens) for t in texts})
     wishes = Wishes(0.5, window, args.sink, cache_dir=args.cache_dir)
     asked = [

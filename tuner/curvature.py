@@ -13,8 +13,8 @@ import numpy as np
 
 from afbs_compile.tuner.arrays import Bools, Floats, Ints
 from afbs_compile.tuner.heads import Bits, lowest
+from afbs_compile.tuner.relative import FLOOR, geometric, relative
 
-FLOOR = 1e-4  # of what all heads together cost: less is noise
 TINY = 1e-30
 
 
@@ -34,20 +34,24 @@ def shrunk(samples: Floats) -> Floats:
     return np.asarray(mean * deviation * deviation[:, None], dtype=np.float64)
 
 
-def cost(by_task: Floats) -> Floats:
-    """One number from what every task costs [T, …] in units of all heads together, as `Losses`."""
-    return np.asarray(np.exp(np.log(np.maximum(by_task, 0.0) + FLOOR).mean(0)), dtype=np.float64)
+def foreseen(forms: Floats, rivals: Bools | None = None) -> Callable[[Bools], Floats]:
+    """What choices [n, N] cost [n] by quadratic forms [T, N, N], as `Losses` count it.
 
-
-def foreseen(forms: Floats) -> Callable[[Bools], Floats]:
-    """What choices [n, N] cost [n] by quadratic forms [T, N, N]: 1 if all heads are windowed."""
+    Args:
+        forms: Of every task.
+        rivals: The choice that each task is compared with [T, N]; None for the geometric mean of
+            costs in units of all heads together.
+    """
     forms = units(forms)
 
-    def costs(strings: Bools) -> Floats:
+    def by_task(strings: Bools) -> Floats:
         z = strings.astype(float)
-        return cost(np.einsum("tni,ni->tn", z @ forms, z))
+        return np.asarray(np.einsum("tni,ni->tn", z @ forms, z))
 
-    return costs
+    if rivals is None:
+        return lambda strings: geometric(by_task(strings))
+    references = np.diagonal(by_task(rivals))
+    return lambda strings: relative(by_task(strings), references)
 
 
 def units(forms: Floats) -> Floats:
@@ -66,10 +70,10 @@ def least(forms: Floats, count: int) -> Bits:
     alone = np.einsum("tnn->tn", forms)
     size = alone.shape[1]
     bits = lowest(alone.mean(0), np.arange(size), count, size)
-    best = cost(forms[:, bits][:, :, bits].sum((1, 2)))
+    best = geometric(forms[:, bits][:, :, bits].sum((1, 2)))
     while 0 < count < size:
         on, off = np.flatnonzero(bits), np.flatnonzero(~bits)
-        costs = cost(swapped(forms, bits, on, off))
+        costs = geometric(swapped(forms, bits, on, off))
         n, m = np.unravel_index(int(np.argmin(costs)), costs.shape)
         if costs[n, m] >= best * (1 - 1e-9):
             break

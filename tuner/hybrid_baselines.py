@@ -25,6 +25,7 @@ class Question:
         ranking: Expected harm of every bit [N] by the ranking's name.
         on_best: Told by searches.
         validate: Losses on held-out inputs, for searches.
+        geometric: The same, whose loss is relative to nothing; None if this one's is not either.
     """
 
     objective: Objective
@@ -32,6 +33,7 @@ class Question:
     ranking: Callable[[str], Floats]
     on_best: OnBest = silent
     validate: Objective | None = None
+    geometric: "Question | None" = None
 
     @property
     def count(self) -> int:
@@ -89,6 +91,11 @@ def without_curvature(question: Question) -> Found:
     return bosch.search(question.objective, wanted, question.on_best, question.validate)
 
 
+def by_mean(question: Question) -> Found:
+    """A search for the geometric mean of the tasks' costs, which an objective of bits is itself."""
+    return by_search()(question.geometric or question)
+
+
 def at_random(question: Question) -> Found:
     """Any bits."""
     layout = question.wanted.layout
@@ -132,6 +139,7 @@ METHODS: dict[str, Method] = {
     "no-curvature": without_curvature,
     "no-pull": by_search(foreseen=None),
     "no-finals": by_search(finals=False),
+    "geometric": by_mean,
     "stages-1-2": by_search(stages=("probes", "ratios")),
     "no-ratios": by_search(stages=("probes", "groups", "exchange")),
     "no-exchange": by_search(stages=("probes", "ratios", "groups")),
@@ -150,9 +158,9 @@ METHODS: dict[str, Method] = {
     "random": at_random,
 }
 SEEDED = (
-    "bosch", "bosch-cold", "one-prior", "no-curvature", "no-pull", "no-finals", "stages-1-2",
-    "no-ratios", "no-exchange", "one-stage-lns", "one-stage-swaps", "one-stage-random",
-    "whole-layers", "random",
+    "bosch", "bosch-cold", "one-prior", "no-curvature", "no-pull", "no-finals", "geometric",
+    "stages-1-2", "no-ratios", "no-exchange", "one-stage-lns", "one-stage-swaps",
+    "one-stage-random", "whole-layers", "random",
 )  # fmt: skip
 CHEAP = (
     "curvature", "fisher", "retrieval", "locality", "begin", "middle", "end", "interleaved",

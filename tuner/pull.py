@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from afbs_compile.tuner.arrays import Bools, Floats
-from afbs_compile.tuner.curvature import FLOOR
 from afbs_compile.tuner.heads import Bits, text
+from afbs_compile.tuner.relative import FLOOR
 from afbs_compile.tuner.tally import Objective
 
 PULL = 0.5  # the form's weight
 
 Foreseen = Callable[[Bools], Floats]
-"""What choices [n, N] are expected to cost [n] in units of all windowed heads, ≥ `FLOOR`."""
+"""What choices [n, N] are expected to cost [n] in the objective's units, above 0."""
 
 
 @dataclass(slots=True)
@@ -26,7 +26,7 @@ class Pulled:
     """An objective that is pulled.
 
     Attributes:
-        objective: Losses in units of all windowed heads.
+        objective: Losses, 0 for the dense model.
         foreseen: What they are expected to be.
         measured: The losses themselves, by bit string.
     """

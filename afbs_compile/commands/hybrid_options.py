@@ -6,8 +6,8 @@ from pathlib import Path
 from afbs_compile.commands.quality_options import DTYPES
 from afbs_compile.options import EXECUTORS
 
-SEARCHED = "text,needle,copy"
-MEASURED = "text,needle,key_value,copy"
+SEARCHED = "text,needle,copy,people"
+MEASURED = "text,needle,copy,people,key_value"
 
 
 def add_hybridize_options(command: argparse.ArgumentParser) -> None:

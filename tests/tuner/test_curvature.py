@@ -8,6 +8,7 @@ import pytest
 from afbs_compile.tuner import curvature, heads
 from afbs_compile.tuner.heads import lowest, text
 from afbs_compile.tuner.pull import Pulled
+from afbs_compile.tuner.relative import FLOOR, geometric
 
 SIZE = 9
 
@@ -44,9 +45,9 @@ def chosen(*on):
 def test_no_choice_of_as_many_costs_less(forms, count):
     found = curvature.least(forms, count)
     every = [chosen(*on) for on in combinations(range(SIZE), count)]
-    best = min(float(curvature.cost(costs(forms, bits))) for bits in every)
+    best = min(float(geometric(costs(forms, bits))) for bits in every)
     assert found.sum() == count
-    assert curvature.cost(costs(forms, found)) == pytest.approx(best)
+    assert geometric(costs(forms, found)) == pytest.approx(best)
 
 
 def test_what_a_swap_costs(forms):
@@ -64,7 +65,7 @@ def test_heads_that_stand_in_for_each_other_are_not_windowed_together(forms):
     alone = np.einsum("tnn->tn", curvature.units(forms)).mean(0)
     plain = lowest(alone, np.arange(SIZE), 4, SIZE)
     found = curvature.least(forms, 4)
-    assert curvature.cost(costs(forms, found)) < curvature.cost(costs(forms, plain))
+    assert geometric(costs(forms, found)) < geometric(costs(forms, plain))
 
 
 @pytest.mark.parametrize("count", range(SIZE + 1))
@@ -105,9 +106,9 @@ def test_nothing_to_learn_from(samples):
 def test_what_is_foreseen_of_choices(forms):
     bits = [chosen(0, 3), chosen(*range(SIZE)), chosen()]
     found = curvature.foreseen(forms)(np.array(bits))
-    np.testing.assert_allclose(found, [curvature.cost(costs(forms, one)) for one in bits])
+    np.testing.assert_allclose(found, [geometric(costs(forms, one)) for one in bits])
     assert found[1] == pytest.approx(1.0, rel=1e-3)
-    assert found[2] == pytest.approx(curvature.FLOOR)
+    assert found[2] == pytest.approx(FLOOR)
 
 
 def test_a_pulled_loss_lies_between(forms):
