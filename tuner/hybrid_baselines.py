@@ -92,7 +92,7 @@ def without_curvature(question: Question) -> Found:
 
 
 def by_mean(question: Question) -> Found:
-    """A search for the geometric mean of the tasks' costs, as an objective of bits may be itself."""
+    """A search for the geometric mean of the tasks' costs, relative to nothing."""
     return by_search()(question.geometric or question)
 
 
