@@ -17,7 +17,7 @@ from afbs_compile.hybrid_samples import Sample
 from afbs_compile.quiz import QUIZZES, Quiz
 
 PREDICTIONS = 192  # of every document; questions and answers take no more
-TOGETHER = 24576  # tokens of a call, or one document: memory that gradients need grows with them
+TOGETHER = 12288  # tokens of a call, or one document: memory that gradients need grows with them
 TEXT = "text"
 
 

@@ -45,7 +45,7 @@ class Losses:
         tasks: The task of every call.
         store: Where evaluations are kept.
         objective: `kl`, or `task`: the surprise by the right tokens.
-        rivals: The choice that each task is compared with (`compare`); none at first.
+        rivals: What each task's cost is compared with (`compare`); empty at first.
         clock: When to stop.
         known: Figures by bit string.
         measured: Evaluations that this process made itself.
@@ -56,7 +56,7 @@ class Losses:
     tasks: Sequence[str]
     store: Store
     objective: str = "kl"
-    rivals: dict[str, Bits] = field(default_factory=dict)
+    rivals: dict[str, float] = field(default_factory=dict)
     clock: Clock = field(default_factory=lambda: Clock(None))
     known: dict[str, Figures] = field(default_factory=dict)
     measured: int = 0
@@ -104,33 +104,27 @@ class Losses:
         return {}, {"figures": self.evaluate(bits).double().cpu().numpy()}
 
     def compare(self, choices: Sequence[Bits]) -> None:
-        """From now on a loss is relative to the one of these choices that costs a task least.
+        """From now on a loss is relative to the least that one of these choices costs a task.
 
         Raises:
             NothingToChoose: Windowing every head costs nothing.
             Stop: The time is over.
         """
-        costs = [self.by_task(found) for found in self.figures(choices)]
-        self.rivals = {
-            task: choices[int(np.argmin([one[task] for one in costs]))] for task in costs[0]
-        }
+        self.rivals = dict(zip(self.counting(), self.costs(choices).min(1).tolist(), strict=True))
 
     def loss(self, found: Figures) -> float:
-        """What a search minimises: 0 is dense; 1 costs what the rivals do, if there are any.
+        """What a search minimises: 0 is dense; as bad as the rivals is about 1, if there are any.
 
         Raises:
             NothingToChoose: Windowing every head costs nothing.
         """
+        return float(self.join(np.array([*self.by_task(found).values()])))
+
+    def join(self, costs: Figures) -> Figures:
+        """Losses [...] of costs [T, ...] in the tasks that count."""
         if not self.rivals:
-            return self.cost(found)
-        costs = self.by_task(found)
-        known = self.figures(list(self.rivals.values()))
-        references = [
-            self.by_task(rival)[task] for task, rival in zip(self.rivals, known, strict=True)
-        ]
-        return float(
-            relative(np.array([costs[task] for task in self.rivals]), np.array(references))
-        )
+            return geometric(costs) - FLOOR
+        return relative(costs, np.array([*self.rivals.values()]))
 
     def cost(self, found: Figures) -> float:
         """The geometric mean of the tasks' costs: 0 is dense, 1 has no global head.
@@ -138,7 +132,16 @@ class Losses:
         Raises:
             NothingToChoose: Windowing every head costs nothing.
         """
-        return float(geometric(np.array(list(self.by_task(found).values()))) - FLOOR)
+        return float(geometric(np.array([*self.by_task(found).values()])) - FLOOR)
+
+    def costs(self, batch: Sequence[Bits]) -> Figures:
+        """What choices cost in every task that counts [T, n]."""
+        found = [[*self.by_task(one).values()] for one in self.figures(batch)]
+        return np.array(found).T
+
+    def counting(self) -> list[str]:
+        """The tasks in which windowing every head costs something."""
+        return list(self.by_task(self.anchors()[1]))
 
     def by_task(self, found: Figures) -> dict[str, float]:
         """The loss in every task.

@@ -21,9 +21,8 @@ from afbs_compile.passes.sites import value
 from afbs_compile.profiling import POLL_SECONDS
 from afbs_compile.rankings import CURVATURE, DRAWS, RANKINGS, SLOPES, forms, of_forms, ranking
 from afbs_compile.store import Store, digest, input_digest
-from afbs_compile.tuner import curvature
+from afbs_compile.tuner.foresight import Foresight
 from afbs_compile.tuner.heads import lowest
-from afbs_compile.tuner.pull import Foreseen
 from afbs_compile.tuner.solvers import Solver
 from afbs_compile.versions import device_name, versions
 
@@ -110,16 +109,13 @@ class Subject:
             rivals = priors[1:] if len(priors) > 1 else priors  # the first is `curvature`
             losses.compare([lowest(one, np.arange(size), count, size) for one in rivals])
 
-    def foreseen(self, wishes: Wishes, losses: Losses) -> Foreseen | None:
-        """What a search by KL is pulled to, if curvature is among what it begins with."""
+    def foresight(self, wishes: Wishes, losses: Losses) -> Foresight | None:
+        """What a search by KL knows beforehand, if curvature is among what it begins with."""
         if wishes.prior not in (CURVATURE, BEST) or wishes.objective != "kl":
             return None
-        costs = self.kept("forms", forms, wishes)
-        if not losses.rivals:
-            return curvature.foreseen(costs)
         tasks = list(dict.fromkeys(losses.tasks))
-        told = [tasks.index(task) for task in losses.rivals]
-        return curvature.foreseen(costs[told], np.array(list(losses.rivals.values())))
+        told = [tasks.index(task) for task in losses.counting()]
+        return Foresight(self.kept("forms", forms, wishes)[told], losses.costs, losses.join)
 
     def prior(self, name: str, wishes: Wishes) -> np.ndarray:
         """A static ranking [N]."""
@@ -130,12 +126,12 @@ class Subject:
 
     def kept(self, name: str, measure: Callable[..., np.ndarray], wishes: Wishes) -> np.ndarray:
         """What rankings are made of, kept like evaluations."""
-        asked = {"window": wishes.window, "sink": wishes.sink, "seed": wishes.seed}
+        asked = {"window": wishes.window, "sink": wishes.sink}
 
         def measured() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             return {}, {"harm": measure(self.evaluator, **asked)}
 
-        about = {"ranking": name, "seed": wishes.seed, "draws": DRAWS}
+        about = {"ranking": name, "draws": DRAWS}  # a seed changes the search alone
         while (known := self.store.once(about, measured)) is None:
             time.sleep(POLL_SECONDS)
         return np.asarray(known[1]["harm"], dtype=np.float64)

@@ -114,8 +114,8 @@ def searched(
         on_progress(0, wishes.budget, "search", f"ranking: {wishes.prior}")
         first, *others = priors = ready.priors(wishes)
         ready.compared(losses, priors, wishes)
-        foreseen = ready.foreseen(wishes, losses)
-        wanted = replace(wanted, prior=first, others=others, foreseen=foreseen)
+        foresight = ready.foresight(wishes, losses)
+        wanted = replace(wanted, prior=first, others=others, foresight=foresight)
 
     def on_best(done: int, budget: int, stage: str, best: float) -> None:
         on_progress(done, budget, "search", f"{stage}, best {best:.4f}")

@@ -172,11 +172,11 @@ def chosen(
         return ready.seen.prior(name, wishes)
 
     def question() -> Question:
+        alone = [replace(known) for known in both]  # as compared as they are now
         wanted = Search(
             ready.seen.evaluator.layout, ratio, wishes.budget, priors[0] if priors else None, seed,
-            wishes.solver, others=priors[1:], foreseen=ready.seen.foreseen(wishes, losses),
+            wishes.solver, others=priors[1:], foresight=ready.seen.foresight(wishes, alone[0]),
         )  # fmt: skip
-        alone = [replace(known) for known in both]  # as compared as they are now
         return Question(alone[0], wanted, ranking, on_best, alone[1] if held else None)
 
     by_mean = question()

@@ -1,6 +1,7 @@
 """Which heads can live with a sliding window? BOSCH, arXiv 2604.05942: a search in three stages.
 
-1. `probes`: what does windowing cost in each layer, from top to bottom?
+1. `probes`: what does windowing cost in each layer, from top to bottom? If curvature foresees what
+   choices cost, it is asked instead of the model.
 2. `ratios`: how many heads of each layer, so that all together are exactly as many as asked for?
 3. Layers of the same share form a group; from the easiest group to the hardest, a solver looks for
    better heads within it. What is left of the budget goes to exchanges among all layers, which the
@@ -17,9 +18,10 @@ import numpy as np
 from afbs_compile.tuner import nomad, ratios
 from afbs_compile.tuner.arrays import Floats, Ints
 from afbs_compile.tuner.finals import FINALISTS, decided
-from afbs_compile.tuner.heads import Bits, Impossible, Layout, lowest, text, with_counts
+from afbs_compile.tuner.foresight import Foresight
+from afbs_compile.tuner.heads import Bits, Impossible, Layout, lowest, with_counts
 from afbs_compile.tuner.probes import cascade
-from afbs_compile.tuner.pull import Foreseen, Pulled
+from afbs_compile.tuner.relative import geometric
 from afbs_compile.tuner.solvers import SOLVERS, Solver, Task
 from afbs_compile.tuner.surrogate import fit
 from afbs_compile.tuner.tally import Objective, OnBest, Stop, Tally, silent
@@ -41,7 +43,7 @@ class Search:
         budget: Bit strings that may be evaluated.
         prior: Expected harm of every bit [N], of any scale; None for no idea.
         others: More of them. The one whose own choice costs least becomes the prior.
-        foreseen: What the loss is pulled to (`tuner.pull`); None for nothing.
+        foresight: What is known of the loss beside losses; None for nothing.
         seed: Of all chance.
         solver: Of `SOLVERS`, or one of your own.
         stages: Those to go through.
@@ -57,7 +59,7 @@ class Search:
     stages: Sequence[str] = STAGES
     levels: Sequence[int] | None = None
     others: Sequence[Floats] = ()
-    foreseen: Foreseen | None = None
+    foresight: Foresight | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked before anything is evaluated."""
@@ -92,7 +94,7 @@ class Found:
         loss: Its loss on the objective; inf if nothing was evaluated.
         evaluations: Bit strings that were evaluated.
         stages: Evaluations by stage.
-        history: (evaluations, loss) at every improvement, as the search saw it: pulled.
+        history: (evaluations, loss) at every improvement.
         cost: What stage 1 found a layer to cost [L], or None.
         complete: Whether the search ended by itself.
     """
@@ -125,8 +127,7 @@ def search(
     """
     reserved = min(FINALISTS, wanted.budget // 2) if validate else 0
     left, share = wanted.budget - reserved, wanted.layout.share(wanted.ratio)
-    pulled = None if wanted.foreseen is None else Pulled(objective, wanted.foreseen)
-    tally = Tally(pulled or objective, share, left, on_best)
+    tally = Tally(objective, share, left, on_best)
     walk = Walk(wanted, tally, np.random.default_rng(wanted.seed))
     bits, loss, stages = None, np.inf, tally.stages
     try:
@@ -139,8 +140,6 @@ def search(
     if bits is None:
         loss, bits = tally.least, walk.first(walk.prior) if tally.best is None else tally.best
     history = tuple(tally.history)
-    if pulled:
-        loss = pulled.measured.get(text(bits), loss)
     return Found(bits, loss, sum(stages.values()), stages, history, walk.cost, complete)
 
 
@@ -181,7 +180,10 @@ class Walk:
             self.solve(bits, self.every, self.tally.left)
 
     def begin(self) -> Bits:
-        """Evaluate what each prior alone would choose, with and without regard to layers."""
+        """Evaluate what each prior alone would choose, with and without regard to layers.
+
+        And where swaps lead from there that need no evaluation.
+        """
         self.tally.stage = "start"
         count, size = self.tally.count, self.layout.size
         tried = [
@@ -191,6 +193,12 @@ class Walk:
         ]
         self.begun = [bits for _, bits in tried]
         losses = self.tally(self.begun)
+        if foresight := self.wanted.foresight:
+            known = [b for b, x in zip(self.begun, losses, strict=True) if np.isfinite(x)]
+            view = foresight.plain(known[:1])
+            led = [(prior, view.descent(bits, self.every, size)) for prior, bits in tried]
+            losses += self.tally([bits for _, bits in led])
+            tried += led
         self.prior, bits = tried[int(np.argmin(losses))]
         return bits
 
@@ -209,6 +217,10 @@ class Walk:
     def probe(self) -> None:
         """Stage 1."""
         self.tally.stage = "probes"
+        if foresight := self.wanted.foresight:
+            alone = np.array([self.layout.layer == n for n in range(self.layout.layers)])
+            self.cost = geometric(foresight.by_form(alone))
+            return
         budget, layers = self.wanted.budget, self.layout.layers
         each = max(int(PROBING * budget) // layers, int(layers <= ONE_EACH * budget))
         if each:
@@ -256,5 +268,14 @@ class Walk:
         """Let the solver improve some bits."""
         if budget < 1 or not 0 < bits[free].sum() < len(free):
             return bits
-        task = Task(self.tally, self.layout, self.prior, bits, free, budget, self.rng)
+        task = Task(
+            self.tally,
+            self.layout,
+            self.prior,
+            bits,
+            free,
+            budget,
+            self.rng,
+            self.wanted.foresight,
+        )
         return self.solver(task)

@@ -7,13 +7,11 @@ as their noise asks for (Schäfer & Strimmer 2005). A choice costs nothing to ju
 lead to one that no swap betters.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
-from afbs_compile.tuner.arrays import Bools, Floats, Ints
+from afbs_compile.tuner.arrays import Floats, Ints
 from afbs_compile.tuner.heads import Bits, lowest
-from afbs_compile.tuner.relative import FLOOR, geometric, relative
+from afbs_compile.tuner.relative import FLOOR, geometric
 
 TINY = 1e-30
 
@@ -32,26 +30,6 @@ def shrunk(samples: Floats) -> Floats:
     mean *= 1.0 - share
     np.fill_diagonal(mean, 1.0)
     return np.asarray(mean * deviation * deviation[:, None], dtype=np.float64)
-
-
-def foreseen(forms: Floats, rivals: Bools | None = None) -> Callable[[Bools], Floats]:
-    """What choices [n, N] cost [n] by quadratic forms [T, N, N], as `Losses` count it.
-
-    Args:
-        forms: Of every task.
-        rivals: The choice that each task is compared with [T, N]; None for the geometric mean of
-            costs in units of all heads together.
-    """
-    forms = units(forms)
-
-    def by_task(strings: Bools) -> Floats:
-        z = strings.astype(float)
-        return np.asarray(np.einsum("tni,ni->tn", z @ forms, z))
-
-    if rivals is None:
-        return lambda strings: geometric(by_task(strings))
-    references = np.diagonal(by_task(rivals))
-    return lambda strings: relative(by_task(strings), references)
 
 
 def units(forms: Floats) -> Floats:

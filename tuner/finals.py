@@ -1,8 +1,9 @@
-"""When was the search at its best, on inputs that it did not see? Early stopping, afterwards.
+"""When was the search at its best? Early stopping, afterwards.
 
 Whoever takes the least of many losses on a few documents takes what fits these documents, too, and
 the more so the longer the search. So the choices that were the best one for a while meet again on
-held-out documents, with what the rankings alone would choose, and the least loss on these decides.
+held-out documents, with those of the least loss and with what the rankings alone would choose. The
+least geometric mean of both losses decides.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from afbs_compile.tuner.heads import Bits, bits, text
+from afbs_compile.tuner.relative import FLOOR
 from afbs_compile.tuner.tally import Objective, Tally
 
 FINALISTS = 24
@@ -18,7 +20,7 @@ FINALISTS = 24
 def decided(
     tally: Tally, validate: Objective, count: int, plain: Sequence[Bits] = ()
 ) -> tuple[Bits, float, int]:
-    """The best of a search's incumbents on held-out inputs.
+    """The best of a search's choices on what it searched and on held-out inputs.
 
     A choice with a finite loss must have been evaluated.
 
@@ -34,11 +36,18 @@ def decided(
     Raises:
         Stop: `validate` did.
     """
-    unfitted = {text(choice) for choice in plain}
-    others = [(name, loss) for name, loss in tally.finite() if name in unfitted]
-    others = sorted(others, key=lambda one: one[1])[: count - 1]
-    fitted = [one for one in tally.incumbents() if one not in others]
-    finalists = [*fitted[len(others) - count :], *others]
-    held = validate([bits(name) for name, _ in finalists])
-    name, loss = finalists[int(np.argmin(held))]
-    return bits(name), loss, len(finalists)
+    finalists = finals(tally, count, {text(choice) for choice in plain})
+    held = np.maximum(validate([bits(name) for name in finalists]), 0.0)
+    both = np.log(held + FLOOR) + np.log(
+        [max(tally.losses[name], 0.0) + FLOOR for name in finalists]
+    )
+    name = finalists[int(np.argmin(both))]
+    return bits(name), tally.losses[name], len(finalists)
+
+
+def finals(tally: Tally, count: int, plain: set[str]) -> list[str]:
+    """Rankings' choices first, then the last incumbents, then what has the least loss."""
+    ranked = sorted((name for name, _ in tally.finite()), key=tally.losses.__getitem__)
+    first = [name for name in ranked if name in plain][: count - 1]
+    last = [name for name, _ in tally.incumbents()][::-1][: (count - len(first) + 1) // 2]
+    return list(dict.fromkeys([*first, *last, *ranked]))[:count]

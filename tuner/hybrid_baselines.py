@@ -70,7 +70,7 @@ def by_search(prior: bool = True, finals: bool = True, **changes: object) -> Met
 
     def choose(question: Question) -> Found:
         wanted = replace(question.wanted, **changes)  # type: ignore[arg-type]
-        wanted = wanted if prior else replace(wanted, prior=None, foreseen=None)
+        wanted = wanted if prior else replace(wanted, prior=None, foresight=None)
         validate = question.validate if finals else None
         return bosch.search(question.objective, wanted, question.on_best, validate)
 
@@ -87,7 +87,7 @@ def without_curvature(question: Question) -> Found:
     if not wanted.others:
         raise Impossible("no ranking is left without curvature: give --prior best")
     first, *others = wanted.others
-    wanted = replace(wanted, prior=first, others=others, foreseen=None)
+    wanted = replace(wanted, prior=first, others=others, foresight=None)
     return bosch.search(question.objective, wanted, question.on_best, question.validate)
 
 
@@ -137,7 +137,7 @@ METHODS: dict[str, Method] = {
     "bosch-cold": by_search(prior=False),
     "one-prior": by_search(others=()),
     "no-curvature": without_curvature,
-    "no-pull": by_search(foreseen=None),
+    "no-foresight": by_search(foresight=None),
     "no-finals": by_search(finals=False),
     "geometric": by_mean,
     "stages-1-2": by_search(stages=("probes", "ratios")),
@@ -158,7 +158,7 @@ METHODS: dict[str, Method] = {
     "random": at_random,
 }
 SEEDED = (
-    "bosch", "bosch-cold", "one-prior", "no-curvature", "no-pull", "no-finals", "geometric",
+    "bosch", "bosch-cold", "one-prior", "no-curvature", "no-foresight", "no-finals", "geometric",
     "stages-1-2", "no-ratios", "no-exchange", "one-stage-lns", "one-stage-swaps",
     "one-stage-random", "whole-layers", "random",
 )  # fmt: skip

@@ -1,7 +1,8 @@
 """How is a subset of heads improved without changing how many are windowed? Solvers, one registry.
 
 `lns` is large neighbourhood search (Shaw 1998): candidates exchange some windowed heads for global
-ones; a sample of the surrogate's posterior says which to evaluate (Thompson 1933). `swaps` is
+ones; a sample of a posterior says which to evaluate (Thompson 1933), the surrogate's or, if there
+is foresight, that of the costs in every task. `swaps` is
 local search by random single swaps, `random` draws anew. They differ in nothing else. `nomad` asks
 another program.
 """
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from afbs_compile.tuner.arrays import Bools, Floats, Ints
-from afbs_compile.tuner.heads import Bits, Layout
+from afbs_compile.tuner.foresight import Foresight, View, views
+from afbs_compile.tuner.heads import Bits, Layout, bits
 from afbs_compile.tuner.surrogate import features, fit
 from afbs_compile.tuner.tally import Tally
 
@@ -34,6 +36,7 @@ class Task:
         free: The bits that may change; how many of them are set does not.
         budget: Evaluations that may be spent.
         rng: Where chance comes from.
+        foresight: What is known of the loss beside losses, or None.
     """
 
     tally: Tally
@@ -43,6 +46,7 @@ class Task:
     free: Ints
     budget: int
     rng: np.random.Generator
+    foresight: Foresight | None = None
 
 
 Solver = Callable[[Task], Bits]
@@ -66,8 +70,8 @@ def improve(task: Task, propose: Callable[[Task, Bits], list[Bits]]) -> Bits:
 
 
 def lns(task: Task) -> Bits:
-    """Large neighbourhood search with the surrogate."""
-    return improve(task, thompson)
+    """Large neighbourhood search with the surrogate, or with foresight."""
+    return improve(task, foreseen if task.foresight else thompson)
 
 
 def swaps(task: Task) -> Bits:
@@ -105,6 +109,35 @@ def thompson(task: Task, incumbent: Bits) -> list[Bits]:
         if (first := next(new, None)) is not None:
             batch.append(pool[first])
     return batch or fresh(task, lambda: swapped(task, incumbent, 1))
+
+
+def foreseen(task: Task, incumbent: Bits) -> list[Bits]:
+    """For each of `BATCH` samples of what may be so, where its best swaps lead."""
+    assert task.foresight
+    strings = np.array([bits(name) for name, _ in task.tally.finite()])
+    batch: list[Bits] = []
+    for view in views(task.foresight, strings, incumbent, task.rng, BATCH):
+        found = view.descent(incumbent, task.free, LARGEST)
+        taken = {one.tobytes() for one in batch}
+        if task.tally.has(found) or found.tobytes() in taken:
+            found = next_best(task, view, found, taken)
+        batch.append(found)
+    return [one for one in batch if not task.tally.has(one)] or fresh(
+        task, lambda: swapped(task, incumbent, 1)
+    )
+
+
+def next_best(task: Task, view: View, start: Bits, taken: set[bytes]) -> Bits:
+    """The best single swap that nobody evaluated; `start` if all were."""
+    on, off = task.free[start[task.free]], task.free[~start[task.free]]
+    losses = view.swaps(start, on, off)
+    for place in np.argsort(losses, axis=None, kind="stable"):
+        n, m = np.unravel_index(int(place), losses.shape)
+        found = start.copy()
+        found[on[n]], found[off[m]] = False, True
+        if not task.tally.has(found) and found.tobytes() not in taken:
+            return found
+    return start
 
 
 def neighbours(task: Task, incumbent: Bits, harm: Floats) -> Bools:
