@@ -88,7 +88,8 @@ class Resumable:
             for x in own.values()
             if isinstance(x, Tensor) and place(x) not in self.places
         )
-        self.every = max(self.every, self.spacing(size))
+        if beginning:  # there is more before the first site, and only once
+            self.every = max(self.every, self.spacing(size))
         self.kept[beginning] = own, size
         self.size_bytes += size
         while self.kept and self.size_bytes > self.memory_bytes:

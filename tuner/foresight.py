@@ -76,12 +76,12 @@ class View:
         changed = self.parts[:, None, off] - self.parts[:, on, None]
         offset = self.shift + self.parts @ bits
         told = np.maximum(swapped(forms, bits, on, off), 0.0) + FLOOR
-        return self.foresight.join(told * np.exp(changed + offset[:, None, None]))
+        return self.foresight.join(told * np.exp(changed + offset[:, None, None]) - FLOOR)
 
     def loss(self, bits: Bits) -> float:
         """The loss of a choice."""
         told = self.foresight.by_form(bits[None])[:, 0] + FLOOR
-        return float(self.foresight.join(told * np.exp(self.shift + self.parts @ bits)))
+        return float(self.foresight.join(told * np.exp(self.shift + self.parts @ bits) - FLOOR))
 
     def descent(self, bits: Bits, free: Ints, most: int) -> Bits:
         """Where up to so many single swaps of free bits lead, each the one that gains most."""

@@ -52,6 +52,18 @@ def test_twice_the_cost_counts_the_same_in_every_task(losses):
     assert text == pytest.approx(0.1 * 2**0.5, rel=1e-3)
 
 
+def test_what_exceeds_the_best_of_some_choices_counts_more(losses):
+    text, needle = bits("1000"), bits("0100")
+    assert losses.counting() == ["text", "needle"]
+    np.testing.assert_allclose(losses.costs([text, needle]), [[0.2, 0.1], [0.1, 0.2]], rtol=1e-6)
+    losses.compare([text, needle])
+    assert losses.rivals == pytest.approx({"text": 0.1, "needle": 0.1})
+    none, alike, half, worse = losses([bits("0000"), bits("1100"), bits("1000"), bits("0010")])
+    assert none < 0.01
+    assert 1.0 < alike < 1.5 < half < worse
+    assert losses.cost(losses.figures([text])[0]) == pytest.approx(0.1 * 2**0.5, rel=1e-3)
+
+
 def test_a_task_that_costs_nothing_buys_little(losses):
     """Below the floor costs are noise: a free task must not make up for any loss in another."""
     free, tenth = losses([bits("0001"), bits("1100")])

@@ -5,10 +5,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from afbs_compile.tuner import curvature, heads
-from afbs_compile.tuner.heads import lowest, text
-from afbs_compile.tuner.pull import Pulled
-from afbs_compile.tuner.relative import FLOOR, geometric
+from afbs_compile.tuner import curvature
+from afbs_compile.tuner.heads import lowest
+from afbs_compile.tuner.relative import geometric
 
 SIZE = 9
 
@@ -101,24 +100,3 @@ def test_nothing_to_learn_from(samples):
     found = curvature.shrunk(samples)
     np.testing.assert_array_equal(found, np.diag((samples**2).mean(0)))
     assert np.isfinite(curvature.harms(found[None], 2)).all()
-
-
-def test_what_is_foreseen_of_choices(forms):
-    bits = [chosen(0, 3), chosen(*range(SIZE)), chosen()]
-    found = curvature.foreseen(forms)(np.array(bits))
-    np.testing.assert_allclose(found, [geometric(costs(forms, one)) for one in bits])
-    assert found[1] == pytest.approx(1.0, rel=1e-3)
-    assert found[2] == pytest.approx(FLOOR)
-
-
-def test_a_pulled_loss_lies_between(forms):
-    losses = {"110000000": 0.2, "001100000": np.inf, "000000000": 0.0}
-    pulled = Pulled(
-        lambda batch: [losses[text(bits)] for bits in batch], curvature.foreseen(forms)
-    )
-    found = pulled([heads.bits(name) for name in losses])
-    (expected,) = curvature.foreseen(forms)(chosen(0, 1)[None])
-    assert min(0.2, expected) < found[0] < max(0.2, expected)
-    assert found[1] == np.inf
-    assert found[2] == pytest.approx(0.0, abs=1e-9)
-    assert pulled.measured == losses
