@@ -33,8 +33,6 @@ from afbs_compile.tuner.bosch import Found, Search
 from afbs_compile.tuner.heads import Bits, Impossible, text
 from afbs_compile.tuner.hybrid_baselines import CHEAP, METHODS, SEEDED, Question
 
-MEAN = "relative"  # to rankings; earlier rows have the `arithmetic` or `geometric` mean of tasks,
-# a single question a document, and one task less
 BEST_OF = f"best of {len(RANKINGS)}"
 KEY = ("model", "dtype", "texts", "tokens", "window", "sink", "ratio", "method", "budget", "seed",
        "calibration", "task")  # fmt: skip
@@ -143,7 +141,7 @@ def slot(ready: Setup, ratio: float, method: str, seed: int) -> Row:
         "budget": args.budget,
         "seed": seed,
         "calibration": f"{args.tasks} x{args.documents}+{args.held}, {args.objective}, "
-        f"{BEST_OF if args.prior == BEST else args.prior}, {MEAN}",
+        f"{BEST_OF if args.prior == BEST else args.prior}, {hybrid_show.MEAN}",
     }
 
 

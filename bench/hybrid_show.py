@@ -14,6 +14,7 @@ from afbs_compile.commands.output import console
 Row = dict[str, Any]
 Cell = tuple[Any, ...]  # model, tokens, window, ratio, calibration
 SETTING = ("model", "tokens", "window", "ratio", "calibration")
+MEAN = "relative"  # what a loss is now; earlier searches took a mean over the tasks
 RANKINGS = ("begin", "middle", "end", "interleaved", "locality", "fisher", "retrieval")
 
 
@@ -35,18 +36,23 @@ def scored(rows: list[Row]) -> str:
     return f"{np.mean(scores):.3f}{spread}"
 
 
+def current(document: Mapping[str, Any]) -> dict[Cell, dict[str, dict[str, list[Row]]]]:
+    """The cells of the search as it is; results keep those of an earlier one for its ablations."""
+    found = cells(document)
+    own = {cell: methods for cell, methods in found.items() if cell[-1].endswith(MEAN)}
+    return own or found
+
+
 def markdown(document: Mapping[str, Any]) -> str:
     """BOSCH's divergence on every task beside the best static ranking's, a line a cell."""
-    tasks = list(dict.fromkeys(row["task"] for row in document["rows"]))
+    shown = {cell: found for cell, found in current(document).items() if "bosch" in found}
+    tasks = list(dict.fromkeys(task for found in shown.values() for task in found["bosch"]))
     lines = [
-        f"| tokens | window | ratio | documents, mean | seeds | {' | '.join(tasks)} |",
+        f"| tokens | window | ratio | documents | seeds | {' | '.join(tasks)} |",
         "|---" * (5 + len(tasks)) + "|",
     ]
-    for (_, tokens, window, ratio, calibration), methods in sorted(cells(document).items()):
-        own = methods.get("bosch")
-        if own is None:
-            continue
-        rivals = {name: found for name, found in methods.items() if name in RANKINGS}
+    for (_, tokens, window, ratio, calibration), methods in sorted(shown.items()):
+        own, rivals = methods["bosch"], rankings(methods)
         seeds = len({row["seed"] for rows in own.values() for row in rows})
         told = [
             versus(own[task], {n: found[task] for n, found in rivals.items()}) for task in tasks
@@ -58,10 +64,55 @@ def markdown(document: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def summary(document: Mapping[str, Any]) -> str:
+    """By ratio: in how many cells no ranking is better, and KL over that of the rankings."""
+    lines = [
+        "| ratio | cells | no ranking better | over the best ranking of each task (seeds) "
+        "| over the best ranking | worst cell |",
+        "|---" * 6 + "|",
+    ]
+    shown = {cell: found for cell, found in current(document).items() if "bosch" in found}
+    for ratio in sorted({cell[3] for cell in shown}):
+        own = [relations(found) for cell, found in shown.items() if cell[3] == ratio]
+        by_task = [x for each, _, _ in own for x in each]
+        spread = float(np.mean([spread for _, _, spread in own]))
+        lines.append(
+            f"| {ratio:g} | {len(by_task)} | {sum(x <= 1 for x in by_task)} | "
+            f"{geometric(by_task):.2f} (±{spread:.2f}) | "
+            f"{geometric([x for _, x, _ in own]):.2f} | {max(by_task):.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def relations(methods: Mapping[str, dict[str, list[Row]]]) -> tuple[list[float], float, float]:
+    """BOSCH's KL over the rankings' in a setting.
+
+    Returns:
+        Over the least of each task; the geometric mean over the tasks over that of the ranking
+        where it is least; the mean deviation over seeds, relative.
+    """
+    own, rivals = methods["bosch"], rankings(methods)
+    mean = {task: float(np.mean([row["kl"] for row in rows])) for task, rows in own.items()}
+    each = {
+        name: [float(np.mean([row["kl"] for row in found[task]])) for task in own]
+        for name, found in rivals.items()
+    }
+    by_task = [x / min(one[n] for one in each.values()) for n, x in enumerate(mean.values())]
+    best = min(geometric(one) for one in each.values())
+    spread = [np.std([r["kl"] for r in rows], ddof=1) / mean[task]
+              for task, rows in own.items() if len(rows) > 1]  # fmt: skip
+    whole = geometric(list(mean.values())) / best
+    return by_task, whole, float(np.mean(spread)) if spread else 0.0
+
+
+def rankings(methods: Mapping[str, dict[str, list[Row]]]) -> dict[str, dict[str, list[Row]]]:
+    """Those of the methods that are static rankings or rules."""
+    return {name: found for name, found in methods.items() if name in RANKINGS}
+
+
 def documents(calibration: str) -> str:
-    """How many documents a search read and held out, and how it averaged over tasks."""
-    read, _, rest = calibration.rpartition(" x")[2].partition(", ")
-    return f"{read}, {rest.rpartition(', ')[2]}"
+    """How many documents a search read and held out."""
+    return calibration.rpartition(" x")[2].partition(", ")[0]
 
 
 def ablation(document: Mapping[str, Any]) -> str:
@@ -69,25 +120,30 @@ def ablation(document: Mapping[str, Any]) -> str:
 
     Geometric means over the settings in which both finished; unseen: over the tasks as well.
     """
-    searched: dict[str, list[float]] = defaultdict(list)
-    unseen: dict[str, list[float]] = defaultdict(list)
-    for methods in cells(document).values():
+    searched: dict[tuple[bool, str], list[float]] = defaultdict(list)
+    unseen: dict[tuple[bool, str], list[float]] = defaultdict(list)
+    now = current(document)
+    for cell, methods in cells(document).items():
         if "bosch" not in methods:
             continue
         for name, by_task in methods.items():
             if name == "bosch" or name in (*RANKINGS, "random"):
                 continue
+            where = cell not in now, name
             for task, rows in by_task.items():
-                own = methods["bosch"][task]
-                unseen[name].append(relative(rows, own, "kl"))
-            searched[name].append(relative(rows, own, "loss_searched"))
+                unseen[where].append(relative(rows, methods["bosch"][task], "kl"))
+            searched[where].append(relative(rows, methods["bosch"][task], "loss_searched"))
     lines = [
-        "| search | settings | loss on what it read | KL on what it did not |",
-        "|---" * 4 + "|",
+        "| search | version | settings | cost of what it read | KL of what it did not |",
+        "|---" * 5 + "|",
     ]
-    for name, ratios in sorted(searched.items(), key=lambda item: float(geometric(item[1]))):
+    for where, ratios in sorted(
+        searched.items(), key=lambda item: (item[0][0], geometric(item[1]))
+    ):
+        before, name = where
         lines.append(
-            f"| {name} | {len(ratios)} | {geometric(ratios):.2f} | {geometric(unseen[name]):.2f} |"
+            f"| {name} | {'before' if before else 'now'} | {len(ratios)} | "
+            f"{geometric(ratios):.2f} | {geometric(unseen[where]):.2f} |"
         )
     return "\n".join(lines)
 
@@ -114,23 +170,28 @@ def versus(own: list[Row], rivals: Mapping[str, list[Row]]) -> str:
 
 def turnover(document: Mapping[str, Any]) -> list[str]:
     """How many of BOSCH's heads change between neighbouring ratios, beyond what must."""
-    chosen: dict[Any, dict[float, str]] = defaultdict(dict)
-    for row in document["rows"]:
-        if row["method"] == "bosch":
-            where = (row["model"], row["tokens"], row["window"], row["calibration"], row["seed"])
-            chosen[where][row["ratio"]] = row["heads"]
+    chosen: dict[Any, dict[float, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
+    for (model, tokens, window, ratio, _), methods in current(document).items():
+        for row in methods.get("bosch", {}).get("text", []):
+            chosen[model, tokens, window][ratio][row["seed"]] = row["heads"]
     lines = []
-    for (model, tokens, window, _, seed), by_ratio in chosen.items():
-        ratios = sorted(by_ratio)
-        for low, high in pairwise(ratios):
-            fewer, more = by_ratio[low], by_ratio[high]
-            left = sum(a == "1" and b == "0" for a, b in zip(fewer, more, strict=True))
-            share = left / max(1, fewer.count("1"))
-            lines.append(
-                f"{model}, {tokens} tokens, window {window}, seed {seed}: "
-                f"{share:.0%} of the windowed heads at {low:g} are global at {high:g}"
-            )
+    for (model, tokens, window), by_ratio in sorted(chosen.items()):
+        told = []
+        for low, high in pairwise(sorted(by_ratio)):
+            pairs = [(one, by_ratio[high][seed]) for seed, one in by_ratio[low].items()
+                     if seed in by_ratio[high]]  # fmt: skip
+            if pairs:
+                left = [turned(fewer, more) for fewer, more in pairs]
+                told.append(f"{low:g} to {high:g} {np.mean(left):.0%}")
+        if told:
+            lines.append(f"{model}, {tokens} tokens, window {window}: {', '.join(told)}")
     return lines
+
+
+def turned(fewer: str, more: str) -> float:
+    """The share of the heads windowed first that are global with more windowed heads."""
+    left = sum(a == "1" and b == "0" for a, b in zip(fewer, more, strict=True))
+    return left / max(1, fewer.count("1"))
 
 
 def show(document: Mapping[str, Any]) -> None:

@@ -291,7 +291,8 @@ def hybrid(document: Document) -> str:
     """Which heads BOSCH finds, beside rankings that need no search."""
     from afbs_compile.bench import hybrid_show  # other tables are made without the package
 
-    return f"{hybrid_show.markdown(document)}\n\n{origin(document)}"
+    told = (hybrid_show.summary(document), hybrid_show.markdown(document), origin(document))
+    return "\n\n".join(told)
 
 
 def ablation(document: Document) -> str:
