@@ -21,6 +21,7 @@ from afbs_compile.passes.sites import value
 from afbs_compile.profiling import POLL_SECONDS
 from afbs_compile.rankings import CURVATURE, DRAWS, RANKINGS, SLOPES, forms, of_forms, ranking
 from afbs_compile.store import Store, digest, input_digest
+from afbs_compile.tuner import curvature
 from afbs_compile.tuner.foresight import Foresight
 from afbs_compile.tuner.heads import lowest
 from afbs_compile.tuner.solvers import Solver
@@ -115,7 +116,8 @@ class Subject:
             return None
         tasks = list(dict.fromkeys(losses.tasks))
         told = [tasks.index(task) for task in losses.counting()]
-        return Foresight(self.kept("forms", forms, wishes)[told], losses.costs, losses.join)
+        known = curvature.units(self.kept("forms", forms, wishes)[told])
+        return Foresight(known, losses.costs, losses.join)
 
     def prior(self, name: str, wishes: Wishes) -> np.ndarray:
         """A static ranking [N]."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from afbs_compile.tuner.arrays import Bools, Floats, Ints
-from afbs_compile.tuner.curvature import swapped, units
+from afbs_compile.tuner.curvature import swapped
 from afbs_compile.tuner.heads import Bits
 from afbs_compile.tuner.relative import FLOOR
 
@@ -34,7 +34,7 @@ class Foresight:
     """What a search knows of its objective, beside losses.
 
     Attributes:
-        forms: Of every task [T, N, N], in any units.
+        forms: Of every task [T, N, N], 1 with all heads windowed (`curvature.units`).
         costs: Of choices that were evaluated [T, n], 1 with all heads windowed.
         join: The losses [...] of costs [T, ...].
     """
@@ -45,8 +45,8 @@ class Foresight:
 
     def by_form(self, strings: Bools) -> Floats:
         """Costs of choices [n, N] by the forms alone [T, n]."""
-        z, forms = strings.astype(float), units(self.forms)
-        return np.asarray(np.einsum("tni,ni->tn", z @ forms, z))
+        z = strings.astype(float)
+        return np.asarray(np.einsum("tni,ni->tn", z @ self.forms, z))
 
     def plain(self, references: Sequence[Bits]) -> "View":
         """How swaps look before anything is known but what each task is compared with.
@@ -72,10 +72,9 @@ class View:
 
     def swaps(self, bits: Bits, on: Ints, off: Ints) -> Floats:
         """Losses [on, off] after swaps."""
-        forms = units(self.foresight.forms)
         changed = self.parts[:, None, off] - self.parts[:, on, None]
         offset = self.shift + self.parts @ bits
-        told = np.maximum(swapped(forms, bits, on, off), 0.0) + FLOOR
+        told = np.maximum(swapped(self.foresight.forms, bits, on, off), 0.0) + FLOOR
         return self.foresight.join(told * np.exp(changed + offset[:, None, None]) - FLOOR)
 
     def loss(self, bits: Bits) -> float:

