@@ -7,6 +7,8 @@ as their noise asks for (Schäfer & Strimmer 2005). A choice costs nothing to ju
 lead to one that no swap betters.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from afbs_compile.tuner.arrays import Floats, Ints
@@ -48,14 +50,40 @@ def least(forms: Floats, count: int) -> Bits:
     alone = np.einsum("tnn->tn", forms)
     size = alone.shape[1]
     bits = lowest(alone.mean(0), np.arange(size), count, size)
-    best = geometric(forms[:, bits][:, :, bits].sum((1, 2)))
-    while 0 < count < size:
-        on, off = np.flatnonzero(bits), np.flatnonzero(~bits)
-        costs = geometric(swapped(forms, bits, on, off))
-        n, m = np.unravel_index(int(np.argmin(costs)), costs.shape)
-        if costs[n, m] >= best * (1 - 1e-9):
+    best = float(geometric(forms[:, bits][:, :, bits].sum((1, 2))))
+
+    def losses(bits: Bits, on: Ints, off: Ints) -> Floats:
+        return geometric(swapped(forms, bits, on, off))
+
+    return descended(losses, bits, np.arange(size), best)
+
+
+def descended(
+    losses: Callable[[Bits, Ints, Ints], Floats],
+    bits: Bits,
+    free: Ints,
+    best: float,
+    most: float = np.inf,
+) -> Bits:
+    """Where single swaps of free bits lead, each the one that gains most, until none gains.
+
+    Args:
+        losses: After each swap of a choice, a set bit for an unset one [on, off].
+        bits: Where to begin [N].
+        free: The bits that may change.
+        best: The loss there.
+        most: Swaps at most.
+    """
+    bits, done = bits.copy(), 0
+    while done < most:
+        on, off = free[bits[free]], free[~bits[free]]
+        if not len(on) or not len(off):
             break
-        best = costs[n, m]
+        after = losses(bits, on, off)
+        n, m = np.unravel_index(int(np.argmin(after)), after.shape)
+        if after[n, m] >= best * (1 - 1e-9):
+            break
+        best, done = after[n, m], done + 1
         bits[on[n]], bits[off[m]] = False, True
     return bits
 

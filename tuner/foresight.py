@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from afbs_compile.tuner.arrays import Bools, Floats, Ints
-from afbs_compile.tuner.curvature import swapped
+from afbs_compile.tuner.curvature import descended, swapped
 from afbs_compile.tuner.heads import Bits
 from afbs_compile.tuner.relative import FLOOR
 
@@ -84,18 +84,7 @@ class View:
 
     def descent(self, bits: Bits, free: Ints, most: int) -> Bits:
         """Where up to so many single swaps of free bits lead, each the one that gains most."""
-        bits, best = bits.copy(), self.loss(bits)
-        for _ in range(most):
-            on, off = free[bits[free]], free[~bits[free]]
-            if not len(on) or not len(off):
-                break
-            losses = self.swaps(bits, on, off)
-            n, m = np.unravel_index(int(np.argmin(losses)), losses.shape)
-            if losses[n, m] >= best * (1 - 1e-9):
-                break
-            best = losses[n, m]
-            bits[on[n]], bits[off[m]] = False, True
-        return bits
+        return descended(self.swaps, bits, free, self.loss(bits), most)
 
 
 def views(
